@@ -4,6 +4,8 @@ Any number of workers may run `capture` at once; they share nothing but the fold
 moment, a worker loses at most the shard in work, and the next start goes on from there.
 """
 
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +17,7 @@ from distill.cache.manifest import Manifest, ShardRecord
 from distill.cache.storage import Folder, read_manifest, write_manifest
 from distill.cache.writer import BlockSpool, ShardWriter
 from distill.config import ExperimentConfig, to_tree
-from distill.data import SPLITS, make_blocks, source_fingerprints
+from distill.data import SPLITS, Block, make_blocks, source_fingerprints
 from distill.errors import CacheError, ConfigError, MismatchError, explain_difference
 from distill.models import load_config, load_tokenizer
 from distill.progress import ProgressBar
@@ -55,7 +57,8 @@ def capture(config: ExperimentConfig, *, worker: int = 0, num_workers: int = 1) 
     if any(pending.values()):
         teacher = open_teacher(config, manifests["train"].vocab_size)
         for split in reversed(SPLITS):  # held-out first: it is small and shows mistakes early
-            _fill(writers[split], pending[split], teacher, f"capture {split}")
+            if pending[split]:
+                _fill(writers[split], pending[split], teacher, f"capture {split}")
     sealed = [writer.seal() for writer in writers.values()]
     return all(sealed)
 
@@ -118,27 +121,35 @@ def _fill(writer: ShardWriter, shards: list[int], teacher: Teacher, name: str) -
     """Score the shards in turn; a thread encodes and writes one while the next is scored."""
     manifest, length = writer.manifest, writer.manifest.block_length
     remaining = sum(len(manifest.shard_blocks(shard)) for shard in shards) * length
-    in_flight: list[Future[ShardRecord]] = []
-    if not shards:
-        return
-    with (
-        ProgressBar(name, manifest.num_tokens, done=manifest.num_tokens - remaining) as bar,
-        ThreadPoolExecutor(1) as thread,
-    ):
+    handed: deque[tuple[int, list[Block]]] = deque()
+
+    def groups() -> Iterator[list[Block]]:
         for shard in shards:
             try:
                 blocks = writer.read_blocks(shard)
             except CacheError:
                 if writer.is_complete():  # another worker did our shards too, and cleaned up
-                    break
+                    return
                 raise
-            targets: list[SparseTargets] = []
-            for target in teacher.score(blocks):
-                targets.append(target)
-                bar.advance(length, f"shard {shard + 1} of {manifest.num_shards}")
-            if len(in_flight) == _SHARDS_IN_FLIGHT:
-                in_flight.pop(0).result()
-            in_flight.append(thread.submit(writer.write, shard, blocks, concatenate(targets)))
+            handed.append((shard, blocks))
+            yield blocks
+
+    with (
+        ProgressBar(name, manifest.num_tokens, done=manifest.num_tokens - remaining) as bar,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        in_flight: deque[Future[ShardRecord]] = deque()
+        targets: list[SparseTargets] = []
+        for target in teacher.score(groups()):
+            targets.append(target)
+            shard, blocks = handed[0]
+            bar.advance(length, f"shard {shard + 1} of {manifest.num_shards}")
+            if len(targets) == len(blocks):
+                if len(in_flight) == _SHARDS_IN_FLIGHT:
+                    in_flight.popleft().result()
+                in_flight.append(thread.submit(writer.write, shard, blocks, concatenate(targets)))
+                handed.popleft()
+                targets = []
         for future in in_flight:
             future.result()
 

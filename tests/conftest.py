@@ -157,7 +157,7 @@ def tiny_tree(run_folder: Path, teacher: Path, corpus: Path) -> dict[str, Any]:
             "held_out_blocks": 6,
             "held_out_fraction": 0.1,
         },
-        "teacher": {"model": str(teacher), "dtype": "float32", "device": "cpu"},
+        "teacher": {"kind": "resident", "model": str(teacher), "dtype": "float32", "device": "cpu"},
         "targets": {"kind": "threshold", "tau": 0.1},
         "cache": {"blocks_per_shard": 4},
         "student": {"kind": "pruned", "model": str(teacher), "num_layers": 1},

@@ -225,7 +225,7 @@ def test_nan_is_found_in_the_row_that_counts(tiny_config: ConfigMaker, own_teach
     config = tiny_config(f"teacher.model={own_teacher}", "teacher.head_chunk_tokens=2")
     blocks = [block(6, 0, 16), block(7, 0, 1), block(8, 200, 5)]
     with pytest.raises(TeacherError, match="block 8, row 4"):
-        list(open_teacher(config, 258).score(blocks))
+        list(open_teacher(config, 258).score([blocks]))
 
 
 def test_full_disk_stops_the_command_and_later_it_goes_on(

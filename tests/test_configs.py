@@ -19,7 +19,7 @@ DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs
 MINIMAL: dict[str, Any] = {
     "run_folder": "runs/x",
     "data": {"sources": [{"path": "json", "data_files": ["a.jsonl"]}]},
-    "teacher": {"model": "models/teacher"},
+    "teacher": {"kind": "resident", "model": "models/teacher"},
     "student": {"kind": "pruned", "model": "models/teacher", "num_layers": 2},
 }
 

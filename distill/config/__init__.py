@@ -6,8 +6,8 @@ unknown keys are errors, and all errors are reported together. No torch here.
 
 from distill.config.capture import (
     CacheConfig,
+    CaptureConfig,
     DataConfig,
-    ResidentTeacherConfig,
     SampledConfig,
     SourceConfig,
     TargetsConfig,
@@ -23,9 +23,16 @@ from distill.config.student import (
     StudentConfig,
     TrainConfig,
 )
+from distill.config.teacher import (
+    ResidentTeacherConfig,
+    StreamedTeacherConfig,
+    TeacherConfig,
+    VllmTeacherConfig,
+)
 
 __all__ = [
     "CacheConfig",
+    "CaptureConfig",
     "DataConfig",
     "EvaluationConfig",
     "ExperimentConfig",
@@ -35,11 +42,14 @@ __all__ = [
     "SampledConfig",
     "ScratchStudentConfig",
     "SourceConfig",
+    "StreamedTeacherConfig",
     "StudentConfig",
     "TargetsConfig",
+    "TeacherConfig",
     "ThresholdConfig",
     "TopKConfig",
     "TrainConfig",
+    "VllmTeacherConfig",
     "load",
     "parse",
     "to_tree",

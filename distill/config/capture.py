@@ -1,11 +1,11 @@
-"""Settings of everything before the student: data, teacher, targets, cache."""
+"""Settings of data, targets, cache and the workers that fill it; teachers are in teacher.py."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from distill.config.base import STRICT, Dtype, Positive, PositiveFloat
+from distill.config.base import STRICT, Positive, PositiveFloat
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -48,31 +48,6 @@ class DataConfig:
     """Blocks to make of the held-out documents; null takes all of them."""
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Share of the documents held out, chosen by the hash of their text."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ResidentTeacherConfig:
-    """A transformers model, whole in memory."""
-
-    kind: Literal["resident"] = "resident"
-    model: str
-    """Folder or hub id of a causal language model."""
-    revision: str | None = None
-    """Commit of a hub model; recorded in the cache."""
-    dtype: Dtype = "bfloat16"
-    """Weights and activations of the forward pass; the softmax is always float32."""
-    device: str | None = None
-    """cpu, cuda, cuda:1, mps; by default the accelerator if there is one."""
-    device_map: str | None = None
-    """Accelerate's placement over several devices (auto, balanced); excludes `device`."""
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    """Attention implementation of transformers."""
-    micro_batch_tokens: Positive = 4096
-    """Tokens a forward pass, rounded down to whole blocks but never below one."""
-    head_chunk_tokens: Positive = 256
-    """Rows whose logits over the whole vocabulary exist at a time."""
-    licence: str | None = None
-    """Licence of the teacher's outputs; kept in the cache and in students made from it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -127,3 +102,21 @@ class CacheConfig:
     """Folder or fsspec URL; by default RUN_FOLDER/cache. Caches of several runs may be shared."""
     blocks_per_shard: Positive = 64
     """Blocks a file: what a kill may lose, and what a worker takes at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CaptureConfig:
+    """Who fills the cache. None of it is part of the cache's identity."""
+
+    engine: Literal["local", "ray"] = "local"
+    """`local`: processes on this machine; `ray`: actors on a Ray cluster."""
+    workers: Positive = 1
+    """Teachers at work, each whole; on GPUs each gets the next `gpus_per_worker`."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of each worker; by default 1 where there are GPUs. Fractions only with `ray`."""
+    cpus_per_worker: Positive | None = None
+    """CPU threads of each worker; by default the machine's cores are shared out."""
+    ray_address: str | None = None
+    """Address of the Ray cluster; by default the one at hand, else a local one."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """How many workers may die before the capture gives up; their shards go to others."""

@@ -9,12 +9,13 @@ from pydantic.dataclasses import dataclass
 from distill.config.base import STRICT, Dtype, Positive
 from distill.config.capture import (
     CacheConfig,
+    CaptureConfig,
     DataConfig,
-    ResidentTeacherConfig,
     TargetsConfig,
     ThresholdConfig,
 )
 from distill.config.student import StudentConfig, TrainConfig
+from distill.config.teacher import TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -50,9 +51,10 @@ class ExperimentConfig:
     device: str | None = None
     """Of the student in training and evaluation; by default the accelerator if there is one."""
     data: DataConfig
-    teacher: ResidentTeacherConfig
+    teacher: TeacherConfig
     targets: TargetsConfig = Field(default_factory=ThresholdConfig)
     cache: CacheConfig = Field(default_factory=CacheConfig)
+    capture: CaptureConfig = Field(default_factory=CaptureConfig)
     student: StudentConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

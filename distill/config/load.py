@@ -13,7 +13,13 @@ from distill.errors import ConfigError
 
 C = TypeVar("C")
 
-_TAGS = frozenset({"pretrained", "pruned", "sampled", "scratch", "threshold", "top_k"})
+_TAGS = frozenset(
+    {
+        *("pretrained", "pruned", "scratch"),
+        *("sampled", "threshold", "top_k"),
+        *("resident", "streamed", "vllm"),
+    }
+)
 """Values of `kind`, which pydantic puts into the path of an error; in YAML they are no section."""
 
 

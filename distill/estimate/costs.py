@@ -201,7 +201,8 @@ def _on_device(
     at_work = 1 if getattr(config.teacher, "device_map", None) else devices
     resident = streamed_seconds(
         cost.num_tokens,
-        window_tokens=max(1, config.teacher.micro_batch_tokens // length) * length,
+        window_tokens=max(1, getattr(config.teacher, "micro_batch_tokens", length) // length)
+        * length,
         flops_per_token=cost.forward_flops_per_token,
         flop_rate=rate * at_work,
         weight_bytes=cost.streamed_bytes,

@@ -1,21 +1,27 @@
 """Teachers: blocks in, sparse targets out. They know nothing about disk formats."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
-from distill.config import ExperimentConfig
+from distill.config import ExperimentConfig, ResidentTeacherConfig
 from distill.data import Block
+from distill.errors import ConfigError
 from distill.targets import SparseTargets
 
 
 class Teacher(Protocol):
     """What capture needs of a teacher."""
 
-    def score(self, blocks: Sequence[Block]) -> Iterator[SparseTargets]:
+    def score(self, groups: Iterable[Sequence[Block]]) -> Iterator[SparseTargets]:
         """Yield the targets of each block in order, on the CPU.
 
         A block of L tokens gives L - 1 rows; those that do not count are empty. Draws depend on
         (seed, block id, row) alone.
+
+        Args:
+            groups: Blocks that belong together (those of a shard), read as they are needed; blocks
+                of two groups never share a forward pass, so that a result does not depend on what
+                else is asked for.
 
         Raises:
             TeacherError: logits are NaN or infinite; teacher, block and row are named.
@@ -30,6 +36,12 @@ def open_teacher(config: ExperimentConfig, vocab_size: int) -> Teacher:
         config: The experiment.
         vocab_size: True number of tokens; logits beyond it are left out of the softmax.
     """
-    from distill.teacher.resident import ResidentTeacher
+    teacher = config.teacher
+    if isinstance(teacher, ResidentTeacherConfig):
+        from distill.teacher.resident import ResidentTeacher
+        from distill.teacher.selection import Selection
 
-    return ResidentTeacher(config.teacher, config.targets, config.seed, vocab_size)
+        chunk_rows = teacher.head_chunk_tokens
+        selection = Selection(teacher.model, config.targets, config.seed, vocab_size, chunk_rows)
+        return ResidentTeacher(teacher, selection)
+    raise ConfigError(f"teacher.kind: {teacher.kind} is not there yet.")
