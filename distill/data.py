@@ -7,7 +7,7 @@ does not fit goes on in the next block as a segment of its own. Attention never 
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from distill.config import DataConfig, SourceConfig
 from distill.errors import ConfigError
 from distill.fingerprint import of_file
+from distill.tokens import end_id, tokenize_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +64,16 @@ def make_blocks(
         ConfigError: a source cannot be opened, a column is missing, or a split stays empty.
     """
     limits = {"train": config.train_blocks, "held_out": config.held_out_blocks}
-    packers = {split: _Packer(config.block_length, _end_id(tokenizer)) for split in SPLITS}
+    skipped = {"train": config.skip_train_blocks, "held_out": 0}
+    if config.train_blocks is not None:
+        limits["train"] = config.skip_train_blocks + config.train_blocks
+    packers = {split: _Packer(config.block_length, end_id(tokenizer)) for split in SPLITS}
+
+    def kept(split: str, blocks: Iterator[Block]) -> Iterator[tuple[str, Block]]:
+        for block in blocks:
+            if block.block_id >= skipped[split]:
+                yield split, replace(block, block_id=block.block_id - skipped[split])
+
     for batch in _batches(_documents(config, seed), _TEXTS_AT_ONCE):
         wanted = []
         for number, item in batch:
@@ -72,18 +82,19 @@ def make_blocks(
             split = _split_of(item, seed, config.held_out_fraction)
             if not packers[split].is_full(limits[split]):
                 wanted.append((split, source, item))
-        for (split, _, _), (ids, mask) in zip(wanted, _tokenize(wanted, tokenizer), strict=True):
-            for block in packers[split].add(ids, mask, limits[split]):
-                yield split, block
+        for (split, _, _), (ids, mask) in zip(
+            wanted, tokenize_documents(wanted, tokenizer), strict=True
+        ):
+            yield from kept(split, packers[split].add(ids, mask, limits[split]))
         if all(packers[split].is_full(limits[split]) for split in SPLITS):
             return
     for split, packer in packers.items():
-        for block in packer.flush(limits[split]):
-            yield split, block
-        if packer.num_blocks == 0:
+        yield from kept(split, packer.flush(limits[split]))
+        if packer.num_blocks <= skipped[split]:
+            after = f" after the first {skipped[split]:,}" if skipped[split] else ""
             raise ConfigError(
                 f"the documents of `data.sources` gave no {split} block of {config.block_length} "
-                "tokens.\n  Give more documents, or change data.held_out_fraction "
+                f"tokens{after}.\n  Give more documents, or change data.held_out_fraction "
                 f"(now {config.held_out_fraction})."
             )
 
@@ -191,64 +202,6 @@ def _split_of(item: Any, seed: int, fraction: float) -> str:
     )
     digest = hashlib.sha256(f"{seed}\n{text}".encode("utf-8", "surrogatepass")).digest()
     return "held_out" if int.from_bytes(digest[:8], "big") < fraction * 2**64 else "train"
-
-
-def _tokenize(
-    wanted: list[tuple[str, SourceConfig, Any]], tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-    texts = [item for _, source, item in wanted if source.format == "text"]
-    encoded = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else [])
-    end = _end_id(tokenizer)
-    for _, source, item in wanted:
-        if source.format == "text":
-            ids = np.array([*next(encoded), end], dtype=np.int32)
-            yield ids, np.ones(len(ids), dtype=np.bool_)
-        else:
-            yield tokenize_chat(item, tokenizer)
-
-
-def tokenize_chat(
-    messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Apply the tokenizer's chat template; only what the assistant says counts.
-
-    Uses the template's `{% generation %}` spans where it has them; otherwise each assistant turn is
-    what its addition appends to the prompt before it.
-
-    Raises:
-        ConfigError: there is no template, or it rewrites earlier turns so that no span can be told.
-    """
-    template = tokenizer.chat_template
-    if not isinstance(template, str):
-        raise ConfigError("data.sources: format is chat, but the tokenizer has no chat template.")
-    if "{% generation" in template or "{%- generation" in template:
-        made = tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True
-        )
-        return np.array(made["input_ids"], np.int32), np.array(made["assistant_masks"], np.bool_)
-    full: list[int] = tokenizer.apply_chat_template(messages, return_dict=False)
-    mask = np.zeros(len(full), dtype=np.bool_)
-    for place, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(
-            messages[:place], add_generation_prompt=True, return_dict=False
-        )
-        after = tokenizer.apply_chat_template(messages[: place + 1], return_dict=False)
-        if after[: len(before)] != before or full[: len(after)] != after:
-            raise ConfigError(
-                "data.sources: the chat template rewrites earlier turns, so the assistant's tokens "
-                "cannot be told apart.\n  Give a template with {% generation %} spans."
-            )
-        mask[len(before) : len(after)] = True
-    return np.array(full, np.int32), mask
-
-
-def _end_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise ConfigError("the tokenizer has no end-of-text token, which separates documents.")
-    return int(end)
 
 
 class _Packer:

@@ -5,8 +5,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from distill import fingerprint
-from distill.cache.manifest import Manifest
-from distill.cache.reader import Cache, open_cache
+from distill.cache.joined import JoinedCache, open_joined
+from distill.cache.reader import Cache
 from distill.checkpoint import require_identity
 from distill.config import ExperimentConfig, TrainConfig, to_tree
 from distill.errors import CacheError, ConfigError, MismatchError, explain_difference
@@ -14,7 +14,10 @@ from distill.export import read_provenance
 
 
 def require_fit(
-    cache: Cache, config: ExperimentConfig, student: Any, tokenizer: PreTrainedTokenizerBase
+    cache: Cache | JoinedCache,
+    config: ExperimentConfig,
+    student: Any,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Refuse a cache that was made for another config, tokenizer or vocabulary.
 
@@ -71,7 +74,7 @@ def require_fit(
         )
 
 
-def count_steps(cache: Cache, settings: TrainConfig, num_processes: int) -> int:
+def count_steps(cache: Cache | JoinedCache, settings: TrainConfig, num_processes: int) -> int:
     """Return the number of optimiser steps; a last step that would be short is left out.
 
     Raises:
@@ -88,16 +91,16 @@ def count_steps(cache: Cache, settings: TrainConfig, num_processes: int) -> int:
             f"train.blocks_per_step is {settings.blocks_per_step}, but {settings.epochs:g} epochs "
             f"of {cache.url} are {num_blocks} blocks. Lower it, or capture more data."
         )
-    if cache.manifest.num_rows == 0:
+    if cache.num_rows == 0:
         raise CacheError(f"no row of {cache.url} counts: every loss mask is empty.")
     return num_blocks // settings.blocks_per_step
 
 
-def training_identity(config: ExperimentConfig, manifest: Manifest) -> dict[str, Any]:
+def training_identity(config: ExperimentConfig, cache: JoinedCache) -> dict[str, Any]:
     """What decides the trained weights; equal identities need no second training."""
     settings = to_tree(config)
     parts = {name: settings[name] for name in ("seed", "student", "train")}
-    return {**parts, "cache": manifest.checksum}
+    return {**parts, "caches": list(cache.checksums)}
 
 
 def is_finished(config: ExperimentConfig) -> bool:
@@ -110,6 +113,6 @@ def is_finished(config: ExperimentConfig) -> bool:
     provenance = read_provenance(folder)
     if provenance is None:
         return False
-    manifest = open_cache(config.cache_folder("train")).manifest
-    require_identity(provenance["training"], training_identity(config, manifest), folder)
+    cache = open_joined(config.training_folders())
+    require_identity(provenance["training"], training_identity(config, cache), folder)
     return True

@@ -18,7 +18,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from distill.cache.reader import Batch, Cache, open_cache
+from distill.cache.joined import JoinedCache, open_joined
+from distill.cache.reader import Batch, open_cache
 from distill.checkpoint import Checkpoints
 from distill.config import ExperimentConfig, to_tree
 from distill.errors import ConfigError
@@ -57,13 +58,13 @@ def train(
     """
     settings = config.train
     accelerator = _accelerator(config)
-    caches = {split: open_cache(config.cache_folder(split)) for split in ("train", "held_out")}
-    for cache in caches.values():
-        require_fit(cache, config, student, tokenizer)
-    cache = caches["train"]
+    cache = open_joined(config.training_folders())
+    held_out = open_cache(config.cache_folder("held_out"))
+    for each in (cache, held_out):
+        require_fit(each, config, student, tokenizer)
     num_steps = count_steps(cache, settings, accelerator.num_processes)
 
-    identity = training_identity(config, cache.manifest)
+    identity = training_identity(config, cache)
     checkpoints = Checkpoints(
         config.run_folder / "checkpoints", identity, settings.keep_checkpoints
     )
@@ -139,7 +140,7 @@ def train(
                 tokens_per_step, f"step {step + 1} of {num_steps}  KL {kl:.3f}  CE {ce:.3f}"
             )
             if _is_due(settings.eval_every, step + 1) or step + 1 == num_steps:
-                fidelity = measure(model, caches["held_out"], device=accelerator.device)
+                fidelity = measure(model, held_out, device=accelerator.device)
                 metrics.write(
                     step + 1,
                     {
@@ -183,7 +184,7 @@ def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[
 
 
 def _steps(
-    cache: Cache, config: ExperimentConfig, accelerator: Accelerator, steps: range
+    cache: JoinedCache, config: ExperimentConfig, accelerator: Accelerator, steps: range
 ) -> Iterator[tuple[int, list[Batch]]]:
     """Yield each step with this process's micro-batches; a thread reads one step ahead."""
     settings = config.train

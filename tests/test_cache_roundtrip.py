@@ -241,7 +241,7 @@ def test_every_shard_is_read_once_an_epoch_and_few_are_held(blocks_a_batch: int)
     order = cache.epoch_order(seed=3, epoch=0).tolist()
     for first in range(0, len(order), blocks_a_batch):
         cache.batch(order[first : first + blocks_a_batch])
-        assert len(cache._held) <= SHUFFLE_SHARDS
+        assert len(cache.held) <= SHUFFLE_SHARDS
     assert opened.manifest.num_shards == 21
     assert folder.reads == {f"shards/{shard:05d}.parquet": 1 for shard in range(21)}
 

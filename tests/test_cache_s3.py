@@ -2,6 +2,7 @@
 
 import itertools
 import signal
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -148,6 +149,35 @@ def test_deleted_object_is_refused_with_its_url(
     remove(f"{bucket}/cache/train/index.json")
     assert main(["train", *command]) == 2
     assert f"{bucket}/cache/train is incomplete" in capsys.readouterr().err
+
+
+def test_unreachable_store_is_one_clear_error(tiny_yaml: Path) -> None:
+    log = tiny_yaml.with_name("log")
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        # In a process of its own: fsspec keeps the connection of the first address it is given.
+        process = start(
+            ["cache", str(tiny_yaml), "cache.folder=s3://nobody/cache"],
+            log,
+            environment={
+                "AWS_ENDPOINT_URL": address,
+                "AWS_ACCESS_KEY_ID": "nobody",
+                "AWS_SECRET_ACCESS_KEY": "nothing",
+                "AWS_MAX_ATTEMPTS": "1",
+            },
+        )
+        process.join()
+    assert process.exitcode == 2
+    assert "StorageError: cannot look for s3://nobody/cache/train/index.json:" in log.read_text()
+    assert address in log.read_text()
+
+
+def test_address_of_no_known_kind_is_refused(
+    tiny_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cache", str(tiny_yaml), "cache.folder=floppy://disk"]) == 2
+    assert "ConfigError: cannot open the folder floppy://disk" in capsys.readouterr().err
 
 
 def test_folder_on_s3_lists_and_removes_what_others_changed(bucket: str) -> None:

@@ -81,6 +81,7 @@ def test_interrupted_capture_ends_with_the_bytes_of_an_unbroken_one(
     (shards / ".00004.parquet.1.tmp").write_bytes(b"half a shard")
     assert capture(config)
     assert cached(root) == cached(written_cache)
+    assert not list(shards.glob(".*"))  # what a killed writer left is gone
 
 
 def test_capture_that_died_while_packing_begins_anew(

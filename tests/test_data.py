@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distill.config import DataConfig, parse
-from distill.data import SPLITS, Block, make_blocks, tokenize_chat
+from distill.data import SPLITS, Block, make_blocks
 from distill.errors import ConfigError
+from distill.tokens import tokenize_chat
 from tests.conftest import CHAT_TEMPLATE, EOS, make_documents, make_tokenizer
 
 _FILES = itertools.count()

@@ -77,12 +77,18 @@ class Cache:
     def __init__(self, folder: Folder, manifest: Manifest, records: list[ShardRecord]) -> None:
         self.manifest = manifest
         self.records = records
+        self.held: OrderedDict[tuple[str, int], _Shard] = OrderedDict()
+        """Shards in memory, the latest used last; joined caches share one."""
         self._folder = folder
-        self._held: OrderedDict[int, _Shard] = OrderedDict()
 
     def __len__(self) -> int:
         """Return the number of blocks."""
         return self.manifest.num_blocks
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that count."""
+        return self.manifest.num_rows
 
     @property
     def url(self) -> str:
@@ -101,32 +107,8 @@ class Cache:
             IndexError: there is no such block.
             MismatchError: the cache has nothing for that temperature.
         """
-        length = self.manifest.block_length
-        parts = [self._block(block_id) for block_id in block_ids]
-        blocks = [part[0] for part in parts]
-        row_mask_BT = np.zeros((len(blocks), length), dtype=np.bool_)
-        for row, block in enumerate(blocks):
-            row_mask_BT[row, :-1] = block.row_mask()
-        input_ids_BT = torch.from_numpy(np.stack([block.input_ids_T for block in blocks])).long()
-        mask_BT = torch.from_numpy(row_mask_BT)
-        columns: dict[str, Any] = {
-            name: torch.from_numpy(np.concatenate([part[1][name] for part in parts]))
-            for name in parts[0][1]
-        }
-        targets = SparseTargets(
-            **columns,
-            temperature=self.manifest.temperature,
-            has_bucket=self.manifest.has_bucket,
-        )
-        if temperature not in (None, self.manifest.temperature):
-            targets = at_temperature(targets, temperature, self.manifest.also_temperatures)
-        return Batch(
-            tuple(block_ids),
-            input_ids_BT,
-            torch.from_numpy(np.stack([block.position_ids() for block in blocks])),
-            mask_BT,
-            input_ids_BT[:, 1:][mask_BT[:, :-1]],
-            targets,
+        return assemble(
+            tuple(block_ids), [self.block(n) for n in block_ids], self.manifest, temperature
         )
 
     def epoch_order(self, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -135,17 +117,8 @@ class Cache:
         Shards are shuffled, then blocks within windows of `SHUFFLE_SHARDS` shards: each shard is
         read once an epoch. To resume, keep the epoch and the number of blocks taken.
         """
-        random = np.random.default_rng((seed, epoch))
-        shards = random.permutation(self.manifest.num_shards)
-        parts = []
-        for first in range(0, len(shards), SHUFFLE_SHARDS):
-            window = [
-                self.manifest.shard_blocks(int(s)) for s in shards[first : first + SHUFFLE_SHARDS]
-            ]
-            parts.append(
-                random.permutation(np.concatenate([np.asarray(blocks) for blocks in window]))
-            )
-        return np.concatenate(parts)
+        shards = range(self.manifest.num_shards)
+        return shuffle([self.manifest.shard_blocks(shard) for shard in shards], seed, epoch)
 
     def check_shard(self, shard: int) -> None:
         """Read one shard and check everything that `batch` would, and that ids are distinct.
@@ -160,7 +133,13 @@ class Cache:
         """Return the raw columns of one shard, for statistics."""
         return self._read(shard).columns
 
-    def _block(self, block_id: int) -> tuple[Block, dict[str, NDArray[Any]]]:
+    def block(self, block_id: int) -> tuple[Block, dict[str, NDArray[Any]]]:
+        """Return one block, and the fields of its `SparseTargets` by name.
+
+        Raises:
+            CacheError: its shard is missing or damaged.
+            IndexError: there is no such block.
+        """
         if not 0 <= block_id < len(self):
             raise IndexError(f"{self.url} has {len(self)} blocks, there is no block {block_id}")
         number, place = divmod(int(block_id), self.manifest.blocks_per_shard)
@@ -184,12 +163,13 @@ class Cache:
         return block, held
 
     def _hold(self, number: int) -> _Shard:
-        if number not in self._held:
-            self._held[number] = self._read(number)
-            if len(self._held) > SHUFFLE_SHARDS:
-                self._held.popitem(last=False)
-        self._held.move_to_end(number)
-        return self._held[number]
+        key = (self.url, number)
+        if key not in self.held:
+            self.held[key] = self._read(number)
+            if len(self.held) > SHUFFLE_SHARDS:
+                self.held.popitem(last=False)
+        self.held.move_to_end(key)
+        return self.held[key]
 
     def _read(self, number: int) -> _Shard:
         name = f"{fmt.SHARDS}/{shard_name(number)}.parquet"
@@ -217,6 +197,49 @@ class Cache:
         weights_N = _weights(columns, manifest)
         per_block = columns.counts_R.reshape(len(columns.blocks), -1).sum(1, dtype=np.int64)
         return _Shard(columns, weights_N, np.concatenate([[0], np.cumsum(per_block)]))
+
+
+def assemble(
+    block_ids: tuple[int, ...],
+    parts: Sequence[tuple[Block, dict[str, NDArray[Any]]]],
+    manifest: Manifest,
+    temperature: float | None,
+) -> Batch:
+    """Put blocks (as from `Cache.block`) of one manifest's kind into a batch; see `Cache.batch`."""
+    blocks = [block for block, _ in parts]
+    row_mask_BT = np.zeros((len(blocks), manifest.block_length), dtype=np.bool_)
+    for row, block in enumerate(blocks):
+        row_mask_BT[row, :-1] = block.row_mask()
+    input_ids_BT = torch.from_numpy(np.stack([block.input_ids_T for block in blocks])).long()
+    mask_BT = torch.from_numpy(row_mask_BT)
+    columns: dict[str, Any] = {
+        name: torch.from_numpy(np.concatenate([held[name] for _, held in parts]))
+        for name in parts[0][1]
+    }
+    targets = SparseTargets(
+        **columns, temperature=manifest.temperature, has_bucket=manifest.has_bucket
+    )
+    if temperature not in (None, manifest.temperature):
+        targets = at_temperature(targets, temperature, manifest.also_temperatures)
+    return Batch(
+        block_ids,
+        input_ids_BT,
+        torch.from_numpy(np.stack([block.position_ids() for block in blocks])),
+        mask_BT,
+        input_ids_BT[:, 1:][mask_BT[:, :-1]],
+        targets,
+    )
+
+
+def shuffle(shards: Sequence[range], seed: int, epoch: int) -> NDArray[np.int64]:
+    """Shuffle shards, then their blocks within windows of `SHUFFLE_SHARDS` shards."""
+    random = np.random.default_rng((seed, epoch))
+    order = random.permutation(len(shards))
+    parts = []
+    for first in range(0, len(order), SHUFFLE_SHARDS):
+        window = [np.asarray(shards[shard]) for shard in order[first : first + SHUFFLE_SHARDS]]
+        parts.append(random.permutation(np.concatenate(window)))
+    return np.concatenate(parts)
 
 
 def open_cache(url: str) -> Cache:

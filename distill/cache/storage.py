@@ -1,5 +1,7 @@
 """A folder, local or behind an fsspec URL, whose files appear whole or not at all."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -7,7 +9,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from distill.cache import format as fmt
 from distill.cache.manifest import Manifest
-from distill.errors import CacheError, StorageError, storage_errors
+from distill.errors import CacheError, ConfigError, DistillError, StorageError, storage_errors
 from distill.files import write_bytes_atomically
 
 
@@ -20,7 +22,10 @@ class Folder:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._files, self._root = fsspec.core.url_to_fs(url)
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"cannot open the folder {url}: {error}") from error
         self._root = self._root.rstrip("/")
         self._is_local = isinstance(self._files, LocalFileSystem)
 
@@ -33,8 +38,14 @@ class Folder:
 
     def exists(self, name: str) -> bool:
         """Whether the file is there now (never answered from a cached listing)."""
-        self._files.invalidate_cache()
-        return bool(self._files.exists(self._full(name)))
+        with self._store_errors(f"look for {self.path(name)}"):
+            self._files.invalidate_cache()
+            # Not `exists`, which takes every error of an object store for a no.
+            try:
+                self._files.info(self._full(name))
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+        return True
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a file.
@@ -43,7 +54,8 @@ class Folder:
             CacheError: there is no such file.
         """
         try:
-            data: bytes = self._files.cat_file(self._full(name))
+            with self._store_errors(f"read {self.path(name)}"):
+                data: bytes = self._files.cat_file(self._full(name))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise CacheError(f"{self.path(name)} is missing.") from None
         except PermissionError as error:
@@ -59,7 +71,7 @@ class Folder:
         if self._is_local:
             write_bytes_atomically(Path(self._full(name)), data)
         else:
-            with storage_errors(self.path(name)):
+            with self._store_errors(f"write {self.path(name)}"), storage_errors(self.path(name)):
                 try:
                     self._files.pipe_file(self._full(name), data)
                 except FileNotFoundError as error:
@@ -69,9 +81,10 @@ class Folder:
 
     def list(self, name: str) -> set[str]:
         """Names of the files in one subfolder; empty if it does not exist."""
-        self._files.invalidate_cache()
         try:
-            found = self._files.ls(self._full(name), detail=False)
+            with self._store_errors(f"list {self.path(name)}"):
+                self._files.invalidate_cache()
+                found = self._files.ls(self._full(name), detail=False)
         except FileNotFoundError:
             return set()
         return {str(path).rsplit("/", 1)[-1] for path in found}
@@ -79,9 +92,33 @@ class Folder:
     def remove(self, name: str) -> None:
         """Remove a file or a subfolder; nothing happens if another worker was faster."""
         try:
-            self._files.rm(self._full(name), recursive=True)
+            with self._store_errors(f"remove {self.path(name)}"):
+                self._files.rm(self._full(name), recursive=True)
         except FileNotFoundError:
             return
+
+    def remove_unfinished(self, name: str) -> None:
+        """Remove what killed writers left in a subfolder; only once nobody needs to write there."""
+        if self._is_local:
+            for unfinished in self.list(name):
+                if unfinished.endswith(".tmp"):
+                    self.remove(f"{name}/{unfinished}")
+
+    @contextmanager
+    def _store_errors(self, work: str) -> Iterator[None]:
+        """Turn what an object store raises into a `StorageError`: every back end has its own."""
+        try:
+            yield
+        except (DistillError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise
+        except Exception as error:
+            if self._is_local:
+                raise
+            reason = str(error).strip() or type(error).__name__
+            raise StorageError(
+                f"cannot {work}: {reason}.\n  What is finished is safe. Check the network, the "
+                "address and the credentials, then run the same command again."
+            ) from error
 
     def _full(self, name: str) -> str:
         if name.startswith("/") or ".." in name.split("/"):

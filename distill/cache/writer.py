@@ -139,8 +139,13 @@ class ShardWriter:
             num_ids=len(targets.ids_N),
             coding_error_nats=coding_error,
         )
-        self._folder.write(f"{name}.parquet", data)
-        self._folder.write(f"{name}.json", seal(record.as_dict()).encode())
+        try:
+            self._folder.write(f"{name}.parquet", data)
+            self._folder.write(f"{name}.json", seal(record.as_dict()).encode())
+        except FileNotFoundError:
+            # Another worker, who did the same shard, completed the cache and cleaned up.
+            if not self.is_complete():
+                raise
         return record
 
     def seal(self) -> bool:
@@ -156,6 +161,7 @@ class ShardWriter:
             index = {"manifest": self.manifest.checksum, "shards": [r.as_dict() for r in records]}
             self._folder.write(fmt.INDEX, seal(index).encode())
         self._folder.remove(fmt.BLOCKS)
+        self._folder.remove_unfinished(fmt.SHARDS)
         return True
 
     def _read_record(self, shard: int) -> ShardRecord:

@@ -44,6 +44,8 @@ class DataConfig:
     """Tokens a block; a block of L tokens has L - 1 rows."""
     train_blocks: Positive | None = None
     """Blocks to make for training; by default all that the documents give."""
+    skip_train_blocks: Annotated[int, Field(ge=0)] = 0
+    """Training blocks to pass over first: those that an earlier cache holds (see cache.also)."""
     held_out_blocks: Positive | None = 64
     """Blocks to make of the held-out documents; null takes all of them."""
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
@@ -100,6 +102,8 @@ class CacheConfig:
 
     folder: str | None = None
     """Folder or fsspec URL; by default RUN_FOLDER/cache. Caches of several runs may be shared."""
+    also: tuple[str, ...] = ()
+    """Folders of further complete caches, of the same identity, whose `train` is read with ours."""
     blocks_per_shard: Positive = 64
     """Blocks a file: what a kill may lose, and what a worker takes at a time."""
 

@@ -63,3 +63,7 @@ class ExperimentConfig:
         """Folder or URL of the cache of one split, `train` or `held_out`."""
         root = self.cache.folder or str(self.run_folder / "cache")
         return f"{root.rstrip('/')}/{split}"
+
+    def training_folders(self) -> list[str]:
+        """Folders or URLs of all caches that the student learns from, our own first."""
+        return [self.cache_folder("train"), *(f"{r.rstrip('/')}/train" for r in self.cache.also)]
