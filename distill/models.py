@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from distill.errors import ConfigError, MismatchError
@@ -57,6 +58,24 @@ def load_causal_lm(name: str, setting: str, **options: Any) -> Any:
         raise ConfigError(
             f"{setting}: cannot open a model at {name!r}: {_first_line(error)}"
         ) from error
+
+
+def local_folder(name: str, setting: str, revision: str | None = None) -> Path:
+    """Return the folder of a model with safetensors, downloaded from the hub if it is not local.
+
+    Raises:
+        ConfigError: it cannot be had; `setting` is named.
+    """
+    _require_folder(name, setting)
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        found = snapshot_download(
+            name, revision=revision, allow_patterns=["*.safetensors", "*.json"]
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{setting}: cannot download {name!r}: {_first_line(error)}") from error
+    return Path(found)
 
 
 def refuse_logit_transforms(config: Any, who: str) -> None:

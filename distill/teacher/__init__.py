@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
-from distill.config import ExperimentConfig, ResidentTeacherConfig
+from distill.config import ExperimentConfig, StreamedTeacherConfig, VllmTeacherConfig
 from distill.data import Block
 from distill.errors import ConfigError
 from distill.targets import SparseTargets
@@ -37,11 +37,16 @@ def open_teacher(config: ExperimentConfig, vocab_size: int) -> Teacher:
         vocab_size: True number of tokens; logits beyond it are left out of the softmax.
     """
     teacher = config.teacher
-    if isinstance(teacher, ResidentTeacherConfig):
-        from distill.teacher.resident import ResidentTeacher
-        from distill.teacher.selection import Selection
+    if isinstance(teacher, VllmTeacherConfig):
+        raise ConfigError("teacher.kind: vllm is not there yet.")
+    from distill.teacher.selection import Selection
 
-        chunk_rows = teacher.head_chunk_tokens
-        selection = Selection(teacher.model, config.targets, config.seed, vocab_size, chunk_rows)
-        return ResidentTeacher(teacher, selection)
-    raise ConfigError(f"teacher.kind: {teacher.kind} is not there yet.")
+    chunk_rows = teacher.head_chunk_tokens
+    selection = Selection(teacher.model, config.targets, config.seed, vocab_size, chunk_rows)
+    if isinstance(teacher, StreamedTeacherConfig):
+        from distill.teacher.streamed import StreamedTeacher
+
+        return StreamedTeacher(teacher, selection)
+    from distill.teacher.resident import ResidentTeacher
+
+    return ResidentTeacher(teacher, selection)
