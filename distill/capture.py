@@ -4,6 +4,7 @@ Any number of workers may run `capture` at once; they share nothing but the fold
 moment, a worker loses at most the shard in work, and the next start goes on from there.
 """
 
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,6 +46,11 @@ def capture(config: ExperimentConfig, *, worker: int = 0, num_workers: int = 1) 
         TeacherError: the teacher's logits are unusable.
         StorageError: no space; what is finished stays.
     """
+    if _is_follower(config):
+        tokenizer = load_tokenizer(*_tokenizer_source(config))
+        for _ in open_teacher(config, len(tokenizer)).score(()):
+            pass  # process 0 writes what all computed
+        return True
     try:
         manifests = prepare(config)
     except FileNotFoundError:
@@ -59,8 +65,25 @@ def capture(config: ExperimentConfig, *, worker: int = 0, num_workers: int = 1) 
         for split in reversed(SPLITS):  # held-out first: it is small and shows mistakes early
             if pending[split]:
                 _fill(writers[split], pending[split], teacher, f"capture {split}")
+        teacher.close()
     sealed = [writer.seal() for writer in writers.values()]
     return all(sealed)
+
+
+def _is_follower(config: ExperimentConfig) -> bool:
+    """Whether this process only computes its share of a tensor-parallel teacher.
+
+    Raises:
+        ConfigError: torchrun started several processes for a teacher that cannot share its work.
+    """
+    rank, size = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE"))
+    if size > 1 and not getattr(config.teacher, "tensor_parallel", False):
+        raise ConfigError(
+            f"the capture was started as {size} processes, which would all do the same work.\n"
+            "  Give teacher.tensor_parallel=true (kind resident), or start it as one process: "
+            "distill cache CONFIG"
+        )
+    return rank > 0
 
 
 def prepare(config: ExperimentConfig) -> dict[str, Manifest]:
@@ -168,12 +191,12 @@ def _identity(config: ExperimentConfig) -> dict[str, Any]:
             f"  tokenizer  {_tokenizer_source(config)[0]}  {vocab_size:,} tokens\n"
             "  Use the teacher's own tokenizer: leave out data.tokenizer."
         )
-    quantisation = getattr(model, "quantization_config", None) or {}
+    quantisation = dict(getattr(model, "quantization_config", None) or {})
     settings = to_tree(config)
     targets = settings["targets"]
     folder = Path(teacher.model)
     try:
-        weights = fingerprint.of_weights(folder) if folder.is_dir() else None
+        weights = fingerprint.of_weights(folder) if folder.exists() else None
     except FileNotFoundError as error:
         raise ConfigError(f"teacher.model: {error}.") from None
     return {
@@ -182,7 +205,9 @@ def _identity(config: ExperimentConfig) -> dict[str, Any]:
             "revision": getattr(model, "_commit_hash", None) or teacher.revision,
             "weights": weights,
             "dtype": teacher.dtype,
-            "quantisation": dict(quantisation).get("quant_method"),
+            "quantisation": "gguf"
+            if folder.suffix == ".gguf"
+            else quantisation.get("quant_method"),
             "licence": teacher.licence,
         },
         "tokenizer": {"fingerprint": fingerprint.of_tokenizer(tokenizer), "vocab_size": vocab_size},

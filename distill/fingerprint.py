@@ -65,7 +65,7 @@ def of_file(path: Path) -> str:
 
 
 def of_weights(folder: Path) -> str:
-    """Fingerprint of the model in a local folder, without reading all of it.
+    """Fingerprint of the model in a local folder (or one file), without reading all of it.
 
     Covers `config.json`, the header of every safetensors file (names, shapes, dtypes, offsets) and
     the first and last 4 KiB of every tensor. Files of other formats are hashed whole.
@@ -73,6 +73,8 @@ def of_weights(folder: Path) -> str:
     Raises:
         FileNotFoundError: `folder` holds no weight file.
     """
+    if folder.is_file():
+        return of_file(folder)
     digest = hashlib.sha256()
     config = folder / "config.json"
     if config.exists():

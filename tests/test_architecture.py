@@ -19,7 +19,7 @@ SOURCES = sorted(
 
 LAYERS = [
     {"errors"},
-    {"files", "fingerprint", "progress"},
+    {"files", "fingerprint", "hardware", "progress"},
     {"config.*", "config", "cache.format", "cache.manifest"},
     {"targets", "models", "metrics", "draw", "tokens"},
     {"losses", "head", "data", "checkpoint", "export", "cache.storage", "cache.coding"},

@@ -13,9 +13,9 @@ from distill.config import ExperimentConfig, load
 from distill.errors import ConfigError
 from distill.estimate import Estimate, EstimateOptions, as_dict, describe, run
 from distill.estimate.costs import DeviceCost
-from distill.estimate.hardware import break_even_tokens, devices_needed, streamed_seconds
 from distill.estimate.models import PUBLISHED, shape_of, weights_of
 from distill.estimate.sizes import CacheSize, RowCount, cache_size
+from distill.hardware import break_even_tokens, devices_needed, streamed_seconds
 from tests.conftest import ConfigMaker
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ class ResidentTeacherConfig:
 
     kind: Literal["resident"] = "resident"
     model: str
-    """Folder or hub id of a causal language model."""
+    """Folder or hub id of a causal language model, or a file of one that ends in .gguf."""
     revision: str | None = None
     """Commit of a hub model; recorded in the cache."""
     licence: str | None = None
@@ -24,13 +24,22 @@ class ResidentTeacherConfig:
     device: str | None = None
     """cpu, cuda, cuda:1, mps; by default the accelerator if there is one."""
     device_map: str | None = None
-    """Accelerate's placement over several devices (auto, balanced); excludes `device`."""
+    """Accelerate's placement over several devices (auto, balanced): they take turns."""
+    tensor_parallel: bool = False
+    """Every layer over all processes that torchrun starts: they work at the same time."""
     attention: Attention = "sdpa"
     """Attention implementation of transformers."""
     micro_batch_tokens: Positive = 4096
     """Tokens a forward pass, rounded down to whole blocks but never below one."""
     head_chunk_tokens: Positive = 256
     """Rows whose logits over the whole vocabulary exist at a time."""
+
+    def __post_init__(self) -> None:
+        placed = [
+            name for name in ("device", "device_map", "tensor_parallel") if getattr(self, name)
+        ]
+        if len(placed) > 1:
+            raise ValueError(f"{' and '.join(placed)} exclude each other: choose one")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -6,7 +6,10 @@ from typing import Any
 
 from distill.config import ExperimentConfig, to_tree
 from distill.errors import ConfigError
-from distill.estimate.hardware import (
+from distill.estimate.measure import count_rows, finished_shards, score_sample
+from distill.estimate.models import DTYPE_BYTES, Model, open_model, open_student
+from distill.estimate.sizes import CacheSize, RowCount, cache_size
+from distill.hardware import (
     DEVICES,
     TRAINING_BYTES,
     Device,
@@ -16,9 +19,6 @@ from distill.estimate.hardware import (
     make_job,
     streamed_seconds,
 )
-from distill.estimate.measure import count_rows, finished_shards, score_sample
-from distill.estimate.models import DTYPE_BYTES, Model, open_model, open_student
-from distill.estimate.sizes import CacheSize, RowCount, cache_size
 
 FORWARD_AND_BACKWARD = 3
 """Training over a forward pass: one more for the gradient of inputs, one for that of weights."""

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from distill.estimate.costs import Estimate, ModelCost
-from distill.estimate.hardware import DEVICES, RESIDENT_OVERHEAD, TRAINING_BYTES, Job
+from distill.hardware import DEVICES, RESIDENT_OVERHEAD, TRAINING_BYTES, Job
 
 
 def as_dict(estimate: Estimate) -> dict[str, Any]:

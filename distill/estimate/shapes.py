@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from distill.estimate.hardware import Device
+from distill.hardware import Device
 
 
 @dataclass(frozen=True, kw_only=True)

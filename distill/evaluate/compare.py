@@ -105,7 +105,7 @@ def _measure_fidelity(
 ) -> None:
     path = Path(model["path"])
     identity = {
-        "weights": fingerprint.of_weights(path) if path.is_dir() else model["path"],
+        "weights": fingerprint.of_weights(path) if path.exists() else model["path"],
         "cache": cache.manifest.checksum,
         "dtype": config.evaluation.dtype,
         "versions": {name: version(name) for name in ("torch", "transformers")},

@@ -28,6 +28,10 @@ class Teacher(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Release processes and engines; memory goes with the object."""
+        ...
+
 
 def open_teacher(config: ExperimentConfig, vocab_size: int) -> Teacher:
     """Load the configured teacher.

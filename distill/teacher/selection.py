@@ -51,13 +51,13 @@ class Selection:
             rows = slice(first, first + self._chunk_rows)
             logits_RV = head(hidden_RD[rows])[:, : self._vocab_size].float()
             try:
-                parts.append(draw(logits_RV, uniforms_R[rows], self._targets).to("cpu"))
+                parts.append(draw(logits_RV, uniforms_R[rows], self._targets))
             except NonFiniteRowError as error:
                 raise self._name_row(first + error.row, blocks, masks) from None
         if not parts:
             is_top_k = self._targets.kind == "top_k"
             parts = [SparseTargets.empty(self._targets.temperature, has_bucket=is_top_k)]
-        yield from _split(concatenate(parts), masks)
+        yield from _split(concatenate(parts).to("cpu"), masks)
 
     def _name_row(self, counted: int, blocks: Sequence[Block], masks: list[Tensor]) -> TeacherError:
         places = torch.stack(masks).nonzero()

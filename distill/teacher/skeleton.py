@@ -112,6 +112,10 @@ class Skeleton:
         """Decoder layers."""
         return len(self._slots)
 
+    def num_bytes(self, stage: Stage) -> int:
+        """Bytes of a stage in memory."""
+        return sum(self._empty[name].nbytes for name in stage.names)
+
     def read(self, stage: Stage, *, pin: bool = False) -> dict[str, Tensor]:
         """Read what makes a stage, by its name in the checkpoint, in the dtype of the model."""
         dtypes = {}
@@ -209,7 +213,8 @@ class Skeleton:
         is_whole = layer is None or set(found) == set(stored)
         if not missing and is_whole and all(map(self._fits, names, found)):
             return Stage(tuple(names), tuple(found), is_direct=True)
-        if not stored:
+        # Tensors of other names may be what is missing: fused or renamed by transformers.
+        if missing and not any(name not in self._empty for name in stored):
             raise self._missing(missing)
         return Stage(tuple(names), tuple(stored), is_direct=False)
 

@@ -21,6 +21,7 @@ from distill.config import StreamedTeacherConfig
 from distill.data import Block
 from distill.models import load_config, local_folder, pick_device, refuse_logit_transforms
 from distill.targets import SparseTargets
+from distill.teacher.memory import out_of_memory_named, require_streamed
 from distill.teacher.parking import Parking, new_stream
 from distill.teacher.selection import Selection, micro_batches, stack_inputs
 from distill.teacher.skeleton import Skeleton, Stage
@@ -45,6 +46,12 @@ class StreamedTeacher:
         self._skeleton = Skeleton(
             model_config, Checkpoint(folder), dtype, config.attention, self._device
         )
+        require_streamed(
+            config.model,
+            [self._skeleton.num_bytes(stage) for stage in self._skeleton.stages],
+            config.layers_ahead + 1,
+            self._device,
+        )
         self._parking = Parking(self._device, config.parking_folder)
         self._is_cuda = self._device.type == "cuda"
         self._copies = new_stream(self._device) if self._is_cuda else None
@@ -58,7 +65,8 @@ class StreamedTeacher:
         stages = self._skeleton.stages
         to_read = (stage for _ in upcoming for stage in stages)
         coming: deque[Future[_Loaded]] = deque()
-        with ThreadPoolExecutor(1) as reader:
+        named = out_of_memory_named(self._config.micro_batch_tokens, self._config.head_chunk_tokens)
+        with named, ThreadPoolExecutor(1) as reader:
             for window in windows:
                 positions = [stack_inputs(batch, self._device)[1] for batch in window]
                 for number, stage in enumerate(stages, start=-1):
@@ -67,6 +75,9 @@ class StreamedTeacher:
                     self._skeleton.fill(stage, self._receive(coming.popleft()))
                     yield from self._pass(number, window, positions)
                     self._skeleton.clear(stage)
+
+    def close(self) -> None:
+        """Nothing outlives the object."""
 
     def _windows(self, groups: Iterable[Sequence[Block]]) -> Iterator[list[Sequence[Block]]]:
         """Collect micro-batches of whole groups until they have `window_tokens` tokens."""

@@ -51,8 +51,19 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._places: dict[str, _Place] = {}
-        for path in _files(folder):
+        files = _files(folder)
+        if not files:
+            raise ConfigError(
+                f"teacher.model: {folder} holds no *.safetensors file, from which layers are "
+                "streamed.\n  Save the model as safetensors, or use teacher.kind=resident."
+            )
+        for path in files:
             self._places |= _read_header(path)
+
+    @classmethod
+    def of(cls, folder: Path) -> "Checkpoint | None":
+        """Open the checkpoint in a folder; None if it is of another format."""
+        return cls(folder) if _files(folder) else None
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -111,13 +122,7 @@ def _files(folder: Path) -> list[Path]:
                 f"{missing[0]}.\n  Download the checkpoint again."
             )
         return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(
-            f"teacher.model: {folder} holds no *.safetensors file, from which layers are streamed."
-            "\n  Save the model as safetensors, or use teacher.kind=resident."
-        )
-    return files
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _read_header(path: Path) -> dict[str, _Place]:
