@@ -9,16 +9,22 @@ it, nor on threads.
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from distill.config import SampledConfig, TargetsConfig, ThresholdConfig, TopKConfig
 from distill.errors import TeacherError
-from distill.targets import SparseTargets
+from distill.targets import SparseTargets, concatenate
+from distill.uniforms import streams
 
 _BLOCK = 64
 """Vocabulary entries summed at a time; the draws then look into the few blocks that they hit."""
+
+_CACHED_ENTRIES = 1 << 20
+"""Logits that a CPU works on at a time: 4 MB stay in its cache, where a pass costs a third."""
+
+_NEVER = -1e30
+"""Score of vocabulary entries that are not there."""
 
 _NOTHING = 2.0**-100
 """A tail of less mass is none: float32 could not carry it through a cache."""
@@ -32,34 +38,11 @@ class NonFiniteRowError(TeacherError):
         self.row = row
 
 
-def row_uniforms(seed: int, block_id: int, num_rows: int) -> Tensor:
-    """One uniform number in [0, 1) for each row of a block, float64 [R].
-
-    A function of (seed, block, row) alone, so the draws do not depend on batch size, order or
-    number of workers: SplitMix64 (Steele, Lea, Flood 2014) over a counter.
-    """
-    with np.errstate(over="ignore"):
-        key = _mix(_mix(np.uint64(seed % 2**64)) ^ np.uint64(block_id))
-        bits = _mix(
-            key + np.arange(1, num_rows + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        )
-    return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
-
-
-def _mix(
-    x: "np.uint64 | np.ndarray[tuple[int], np.dtype[np.uint64]]",
-) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
-    x = np.atleast_1d(x) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def draw(logits_RV: Tensor, uniforms_R: Tensor, config: TargetsConfig) -> SparseTargets:
     """Turn teacher logits into sparse targets of the configured kind.
 
     Args:
-        logits_RV: Float32 logits over the true vocabulary; overwritten.
+        logits_RV: Logits over the true vocabulary, of any float dtype; computed with in float32.
         uniforms_R: One number in [0, 1) a row, float64 (see `row_uniforms`).
         config: Kind, its parameters and the temperature.
 
@@ -72,60 +55,90 @@ def draw(logits_RV: Tensor, uniforms_R: Tensor, config: TargetsConfig) -> Sparse
         raise TeacherError(
             f"targets.k is {config.k}, but the teacher has {vocab_size} tokens: k must be smaller"
         )
+    at_once = max(1, num_rows)
+    if logits_RV.device.type == "cpu":
+        at_once = max(1, _CACHED_ENTRIES // vocab_size)
+    parts = []
+    for first in range(0, max(1, num_rows), at_once):
+        rows = slice(first, first + at_once)
+        try:
+            parts.append(_draw_rows(logits_RV[rows], uniforms_R[rows], config))
+        except NonFiniteRowError as error:
+            raise NonFiniteRowError(first + error.row) from None
+    return concatenate(parts)
+
+
+def _draw_rows(logits_RV: Tensor, uniforms_R: Tensor, config: TargetsConfig) -> SparseTargets:
+    num_rows, vocab_size = logits_RV.shape
+    # Blocks of 64, the last filled up with what has no probability: what follows looks at blocks,
+    # then into a few. Finite, because 0 * inf is not 0.
+    padded = math.ceil(vocab_size / _BLOCK) * _BLOCK
+    scores_RV = logits_RV.new_empty((num_rows, padded), dtype=torch.float32)
+    scores_RV[:, :vocab_size] = logits_RV
+    scores_RV[:, vocab_size:] = _NEVER
     if config.temperature != 1:
-        logits_RV /= config.temperature
-    logits_RV -= logits_RV.amax(-1, keepdim=True)
-    # exp(logits) in blocks of 64, padded with zeros: what follows looks at blocks, then into a few.
-    mass_RGJ = logits_RV.new_zeros(num_rows, math.ceil(vocab_size / _BLOCK), _BLOCK)
-    mass_RV = mass_RGJ.flatten(1)[:, :vocab_size]
-    torch.exp(logits_RV, out=mass_RV)
-    total_R = mass_RGJ.sum(-1).sum(-1)
-    entropy_R = total_R.log() - _row_sums(logits_RV.mul_(mass_RV)) / total_R
+        scores_RV /= config.temperature
+    scores_RV -= scores_RV.amax(-1, keepdim=True)
+    mass_RV = scores_RV.softmax(-1)
+    mass_RGJ = mass_RV.view(num_rows, -1, _BLOCK)
+    total_R, largest_RG = _total(mass_RGJ), mass_RGJ.amax(-1)
+    # scores are log-probabilities but for a constant, which is that of the likeliest id (score 0).
+    mean_R = _total(scores_RV.mul_(mass_RV).view(num_rows, -1, _BLOCK)) / total_R
+    entropy_R = -(largest_RG.amax(-1) / total_R).log() - mean_R
     if not bool(torch.isfinite(entropy_R).all()):
         row = int((~torch.isfinite(entropy_R)).nonzero()[0, 0])
         raise NonFiniteRowError(row)
     entropy_R = entropy_R.clamp(min=0)
     if isinstance(config, TopKConfig):
-        return _draw_top_k(mass_RGJ, mass_RV, entropy_R, config)
+        return _draw_top_k(mass_RGJ, largest_RG, entropy_R, config)
     if isinstance(config, SampledConfig):
         return _draw_sampled(mass_RGJ, entropy_R, uniforms_R, config)
-    return _draw_threshold(mass_RGJ, total_R, entropy_R, uniforms_R.to(total_R.device), config)
+    uniforms_R = uniforms_R.to(total_R.device)
+    return _draw_threshold(mass_RGJ, largest_RG, entropy_R, uniforms_R, config)
 
 
-def _row_sums(values_RV: Tensor) -> Tensor:
+def _total(values_RGJ: Tensor) -> Tensor:
     """Sum rows in blocks: one sum over a long row is cut differently for one row and for many."""
-    whole = values_RV.shape[1] // _BLOCK * _BLOCK
-    sums_RG = values_RV[:, :whole].reshape(len(values_RV), -1, _BLOCK).sum(-1)
-    return torch.cat([sums_RG, values_RV[:, whole:].sum(-1, keepdim=True)], dim=1).sum(-1)
+    return values_RGJ.sum(-1).sum(-1)
 
 
 def _draw_top_k(
-    mass_RGJ: Tensor, mass_RV: Tensor, entropy_R: Tensor, config: TopKConfig
+    mass_RGJ: Tensor, largest_RG: Tensor, entropy_R: Tensor, config: TopKConfig
 ) -> SparseTargets:
-    num_rows, total_R = len(mass_RV), mass_RGJ.sum(-1).sum(-1)
+    num_rows, total_R = len(mass_RGJ), _total(mass_RGJ)
     normalisers_RJ = None
     if config.also_temperatures:
         sums = []
         for temperature in config.also_temperatures:
             power = config.temperature / temperature
-            sums.append(_row_sums(mass_RV**power).log() - power * total_R.log())
+            sums.append(_total(mass_RGJ**power).log() - power * total_R.log())
         normalisers_RJ = torch.stack(sums, dim=1)
-    top_RK, ids_RK = mass_RV.topk(config.k, dim=-1)
+    top_RK, ids_RK = _top_k(mass_RGJ, largest_RG, config.k)
     # Sum the rest itself: 1 - sum(top-k) cancels once the top-k hold nearly all mass.
-    mass_RV.scatter_(-1, ids_RK, 0)
-    tail_R = mass_RGJ.sum(-1).sum(-1)
-    counts_R = torch.full((num_rows,), config.k, dtype=torch.int64, device=mass_RV.device)
+    mass_RGJ.flatten(1).scatter_(-1, ids_RK, 0)
+    counts_R = torch.full((num_rows,), config.k, dtype=torch.int64, device=mass_RGJ.device)
     return SparseTargets(
         ids_N=ids_RK.reshape(-1),
         weights_N=(top_RK / total_R[:, None]).reshape(-1),
         counts_R=counts_R,
         num_head_R=counts_R.clone(),
-        tail_mass_R=tail_R / total_R,
+        tail_mass_R=_total(mass_RGJ) / total_R,
         entropy_R=entropy_R,
         log_normalisers_RJ=normalisers_RJ,
         temperature=config.temperature,
         has_bucket=True,
     )
+
+
+def _top_k(mass_RGJ: Tensor, largest_RG: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest values and their ids: they lie in the k blocks of the largest maxima."""
+    if k >= mass_RGJ.shape[1]:
+        return mass_RGJ.flatten(1).topk(k, dim=-1)
+    blocks_RK = largest_RG.topk(k, dim=-1, sorted=False).indices
+    inside_RKJ = torch.gather(mass_RGJ, 1, blocks_RK[:, :, None].expand(-1, -1, _BLOCK))
+    top_RK, places_RK = inside_RKJ.flatten(1).topk(k, dim=-1)
+    ids_RK = torch.gather(blocks_RK, 1, places_RK // _BLOCK) * _BLOCK + places_RK % _BLOCK
+    return top_RK, ids_RK
 
 
 def _draw_sampled(
@@ -137,7 +150,7 @@ def _draw_sampled(
     """
     device, num_rows = mass_RGJ.device, len(mass_RGJ)
     cumulative_RG = mass_RGJ.sum(-1).cumsum(-1, dtype=torch.float64)
-    uniforms_RM = _streams(uniforms_R, config.draws).to(device).sort(dim=-1).values
+    uniforms_RM = streams(uniforms_R, config.draws).to(device).sort(dim=-1).values
     ids_RM = _ids_at(uniforms_RM * cumulative_RG[:, -1:], cumulative_RG, mass_RGJ)
     is_new_RM = torch.ones_like(ids_RM, dtype=torch.bool)
     is_new_RM[:, 1:] = ids_RM[:, 1:] != ids_RM[:, :-1]
@@ -163,18 +176,9 @@ def _draw_sampled(
     )
 
 
-def _streams(uniforms_R: Tensor, number: int) -> Tensor:
-    """Turn one uniform number a row into `number` independent ones, float64 [R, M]."""
-    seeds_R = (uniforms_R.cpu().numpy() * 2.0**53).astype(np.uint64)
-    with np.errstate(over="ignore"):
-        steps_M = np.arange(1, number + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03)
-        bits = _mix((_mix(seeds_R)[:, None] + steps_M).reshape(-1))
-    return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53).view(len(seeds_R), number)
-
-
 def _draw_threshold(
     mass_RGJ: Tensor,
-    total_R: Tensor,
+    largest_RG: Tensor,
     entropy_R: Tensor,
     uniforms_R: Tensor,
     config: ThresholdConfig,
@@ -190,7 +194,9 @@ def _draw_threshold(
     Method source: Cohen et al. 2008, arXiv:0803.0473 (VarOpt); for KL, Barnes et al. 2024,
     arXiv:2402.14925.
     """
-    ids_RC, weights_RC, num_head_R, num_tail_R = _choose_head(mass_RGJ, total_R, config.tau)
+    total_R = _total(mass_RGJ)
+    head = _choose_head(mass_RGJ, largest_RG, total_R, config.tau)
+    ids_RC, weights_RC, num_head_R, num_tail_R = head
     is_head_RC = torch.arange(ids_RC.shape[1], device=ids_RC.device) < num_head_R[:, None]
     rows = is_head_RC.nonzero()[:, 0]
     mass_RGJ.flatten(1)[rows, ids_RC[is_head_RC]] = 0
@@ -238,16 +244,15 @@ def _ids_at(places_RM: Tensor, cumulative_RG: Tensor, mass_RGJ: Tensor) -> Tenso
 
 
 def _choose_head(
-    mass_RGJ: Tensor, total_R: Tensor, tau: float
+    mass_RGJ: Tensor, largest_RG: Tensor, total_R: Tensor, tau: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Candidate ids and probabilities by falling probability [R, C]; sizes of head and tail [R].
 
     Only ids with t >= tau / 2 (and the likeliest) can be: for m >= 2, r > (m - 1) tau and so
     r / m >= tau / 2; for m = 1 no t_j exceeds r.
     """
-    # The likeliest id has mass exp(0) = 1, so the floor never excludes it.
-    floor_R = (total_R * (tau / 2)).clamp(max=1)
-    rows, blocks = (mass_RGJ.amax(-1) >= floor_R[:, None]).nonzero(as_tuple=True)
+    floor_R = (total_R * (tau / 2)).minimum(largest_RG.amax(-1))
+    rows, blocks = (largest_RG >= floor_R[:, None]).nonzero(as_tuple=True)
     found, within = (mass_RGJ[rows, blocks] >= floor_R[rows, None]).nonzero(as_tuple=True)
     rows, ids = rows[found], blocks[found] * _BLOCK + within
     counts_R = torch.bincount(rows, minlength=len(total_R))

@@ -27,10 +27,11 @@ from distill.cache.storage import Folder, write_manifest
 from distill.cache.writer import BlockSpool, ShardWriter
 from distill.config import SampledConfig, TargetsConfig, ThresholdConfig, TopKConfig, load, to_tree
 from distill.data import Block, make_blocks
-from distill.draw import draw, row_uniforms
+from distill.draw import draw
 from distill.files import write_json_atomically
 from distill.models import load_causal_lm, load_tokenizer
 from distill.targets import SparseTargets, concatenate
+from distill.uniforms import row_uniforms
 from scripts.keep_demo_results import machine
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +97,7 @@ def teacher_targets(num_blocks: int) -> tuple[list[Block], dict[str, list[Sparse
         )
         uniforms_R = row_uniforms(SEED, block.block_id, len(mask))[mask]
         for name, kind in KINDS.items():
-            drawn = draw(logits_TV.clone(), uniforms_R, kind).scatter_rows(mask)
+            drawn = draw(logits_TV, uniforms_R, kind).scatter_rows(mask)
             drawn.ids_N.copy_(place_V[drawn.ids_N])
             targets[name].append(drawn)
         stretched = place_V[torch.from_numpy(block.input_ids_T).long()].numpy().astype(np.int32)

@@ -21,7 +21,7 @@ LAYERS = [
     {"errors"},
     {"files", "fingerprint", "hardware", "progress"},
     {"config.*", "config", "cache.format", "cache.manifest"},
-    {"targets", "models", "metrics", "draw", "tokens"},
+    {"targets", "models", "metrics", "draw", "tokens", "uniforms"},
     {"losses", "head", "data", "checkpoint", "export", "cache.storage", "cache.coding"},
     {
         "cache",

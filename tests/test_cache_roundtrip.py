@@ -20,9 +20,10 @@ from distill.cache.storage import Folder
 from distill.cache.writer import ShardWriter
 from distill.config import TargetsConfig, ThresholdConfig, TopKConfig, parse, to_tree
 from distill.data import Block
-from distill.draw import draw, row_uniforms
+from distill.draw import draw
 from distill.errors import ConfigError
 from distill.targets import SparseTargets, concatenate
+from distill.uniforms import row_uniforms
 from tests.conftest import folder_bytes, make_manifest, write_cache
 
 _NUMBERS = itertools.count()

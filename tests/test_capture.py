@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 from distill.cache.reader import open_cache
 from distill.capture import capture, prepare
 from distill.data import SPLITS, Block
-from distill.draw import draw, row_uniforms
+from distill.draw import draw
 from distill.errors import MismatchError, StorageError, TeacherError
 from distill.teacher import open_teacher
+from distill.uniforms import row_uniforms
 from tests.conftest import ConfigMaker
 from tests.processes import cached, start
 

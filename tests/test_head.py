@@ -11,11 +11,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from distill.config import ThresholdConfig, TopKConfig
-from distill.draw import draw, row_uniforms
+from distill.draw import draw
 from distill.errors import MismatchError
 from distill.head import DistillationHead, DistillationModel, HeadTargets
 from distill.losses import LossRows, LossWeights, distillation_loss
 from distill.targets import SparseTargets
+from distill.uniforms import row_uniforms
 from tests import reference
 
 KINDS = pytest.mark.parametrize("kind", ["top_k", "threshold"])

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distill.config import TargetsConfig, ThresholdConfig, TopKConfig
-from distill.draw import draw, row_uniforms
+from distill.draw import draw
 from distill.losses import LossWeights, distillation_loss, forward_kl
 from distill.targets import SparseTargets
+from distill.uniforms import row_uniforms
 from tests import reference
 
 ONLY_KL, ONLY_CE, MIX = LossWeights(1, 0), LossWeights(0, 1), LossWeights(0.7, 0.4)

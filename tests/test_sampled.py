@@ -9,11 +9,12 @@ import torch
 from distill.cache.reader import open_cache
 from distill.capture import capture
 from distill.config import ExperimentConfig, SampledConfig, TopKConfig
-from distill.draw import draw, row_uniforms
+from distill.draw import draw
 from distill.errors import MismatchError
 from distill.losses import LossWeights, distillation_loss
 from distill.targets import SparseTargets, at_temperature
 from distill.train import train
+from distill.uniforms import row_uniforms
 from students import build_student
 
 ConfigMaker = Callable[..., ExperimentConfig]

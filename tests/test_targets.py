@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distill.config import TargetsConfig, ThresholdConfig, TopKConfig
-from distill.draw import NonFiniteRowError, draw, row_uniforms
+from distill.draw import NonFiniteRowError, draw
 from distill.errors import TeacherError
 from distill.targets import SparseTargets, concatenate
+from distill.uniforms import row_uniforms
 from tests import reference
 
 TAU, HOLE = ThresholdConfig().tau, torch.full([130], -1e4)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from distill.config import TargetsConfig
 from distill.data import Block
-from distill.draw import NonFiniteRowError, draw, row_uniforms
+from distill.draw import NonFiniteRowError, draw
 from distill.errors import TeacherError
 from distill.targets import SparseTargets, concatenate
+from distill.uniforms import row_uniforms
 
 
 class Selection:
@@ -49,7 +50,7 @@ class Selection:
         parts: list[SparseTargets] = []
         for first in range(0, len(hidden_RD), self._chunk_rows):
             rows = slice(first, first + self._chunk_rows)
-            logits_RV = head(hidden_RD[rows])[:, : self._vocab_size].float()
+            logits_RV = head(hidden_RD[rows])[:, : self._vocab_size]
             try:
                 parts.append(draw(logits_RV, uniforms_R[rows], self._targets))
             except NonFiniteRowError as error:
