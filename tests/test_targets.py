@@ -28,9 +28,8 @@ def random_logits(num_rows: int, vocab_size: int, seed: int = 0) -> Tensor:
 def drawn(
     logits_RV: Tensor, config: TargetsConfig = THRESHOLD, uniforms_R: Tensor | None = None
 ) -> SparseTargets:
-    if uniforms_R is None:
-        uniforms_R = row_uniforms(0, 0, len(logits_RV))
-    return draw(logits_RV.clone(), uniforms_R, config)
+    seeded_R = row_uniforms(0, 0, len(logits_RV))
+    return draw(logits_RV, seeded_R if uniforms_R is None else uniforms_R, config)
 
 
 def dense(targets: SparseTargets, vocab_size: int) -> Tensor:
