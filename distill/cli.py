@@ -86,6 +86,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--sample", type=int, default=0, metavar="N", help="score N blocks to measure"
     )
     cost.add_argument("--mfu", type=float, default=0.4, help="share of a device's peak (0.4)")
+    cost.add_argument("--flops", type=float, metavar="RATE", help="FLOP/s that your device reaches")
+    cost.add_argument("--memory", type=float, default=80e9, metavar="BYTES", help="of your device")
+    cost.add_argument(
+        "--link", type=float, default=6e9, metavar="RATE", help="bytes/s of streamed weights (6e9)"
+    )
     cost.add_argument("--price", type=float, metavar="DOLLARS", help="an hour of a device")
     board = add("leaderboard", _leaderboard, "results of runs as a table", "RUN_OR_CONFIG...")
     board.add_argument(
@@ -124,7 +129,14 @@ def _eval(config: "ExperimentConfig", options: argparse.Namespace) -> None:
 def _estimate(config: "ExperimentConfig", options: argparse.Namespace) -> None:
     from distill.estimate import EstimateOptions, as_dict, describe, run
 
-    assumed = EstimateOptions(sample_blocks=options.sample, mfu=options.mfu, price=options.price)
+    assumed = EstimateOptions(
+        sample_blocks=options.sample,
+        mfu=options.mfu,
+        flop_rate=options.flops,
+        memory_bytes=options.memory,
+        link_bytes_per_second=options.link,
+        price=options.price,
+    )
     estimate = run(config, assumed)
     print(json.dumps(as_dict(estimate), indent=1) if options.json else describe(estimate))
 

@@ -144,7 +144,9 @@ def measure(
     return merged
 
 
-def new_manifest(folder: str, config: TargetsConfig, blocks: list[Block]) -> Manifest:
+def new_manifest(
+    folder: str, config: TargetsConfig, blocks: list[Block], vocab_size: int = VOCAB_SIZE
+) -> Manifest:
     """Write the manifest of a cache with one shard for all blocks."""
     spool = BlockSpool(Folder(folder), len(blocks))
     for block in blocks:
@@ -153,8 +155,8 @@ def new_manifest(folder: str, config: TargetsConfig, blocks: list[Block]) -> Man
     manifest = Manifest(
         split="train",
         teacher={"model": "SmolLM2-135M-Instruct, ids stretched"},
-        tokenizer={"fingerprint": "stretched", "vocab_size": VOCAB_SIZE},
-        padded_vocab_size=VOCAB_SIZE,
+        tokenizer={"fingerprint": "stretched", "vocab_size": vocab_size},
+        padded_vocab_size=vocab_size,
         data={"blocks": spool.finish()},
         targets=settings,
         seed=SEED,

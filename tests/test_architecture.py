@@ -186,7 +186,11 @@ def test_flags_of_the_command_line_are_frozen() -> None:
         "train": sorted([*everywhere, "--print-config", "--resume"]),
         "eval": sorted([*everywhere, "--print-config"]),
         "estimate": sorted(
-            [*everywhere, "--json", "--mfu", "--price", "--print-config", "--sample"]
+            [
+                *everywhere,
+                *("--flops", "--json", "--link", "--memory", "--mfu", "--price"),
+                *("--print-config", "--sample"),
+            ]
         ),
         "leaderboard": sorted([*everywhere, "--out"]),
         "inspect": sorted([*everywhere, "--json"]),

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from distill.config import ExperimentConfig, to_tree
+from distill.config import ExperimentConfig, StreamedTeacherConfig, to_tree
 from distill.errors import ConfigError
 from distill.estimate.measure import count_rows, finished_shards, score_sample
 from distill.estimate.models import DTYPE_BYTES, Model, open_model, open_student
@@ -34,10 +34,12 @@ class EstimateOptions:
     """Blocks of the actual data that are packed to see how many rows count; 0 assumes all."""
     mfu: float = 0.4
     """Share of a device's dense peak that is reached."""
+    flop_rate: float | None = None
+    """FLOP/s that your own device reaches; None takes the table of devices at `mfu`."""
+    memory_bytes: float = 80e9
+    """Memory of your own device, with `flop_rate`."""
     price: float | None = None
     """Dollars an hour of one device; None takes each device's own (`Device.dollars_per_hour`)."""
-    window_tokens: int = 262_144
-    """Tokens that a streamed teacher passes through a layer while it is loaded."""
     link_bytes_per_second: float = 6e9
     """Of the weights of a streamed teacher, at the slowest part of their way: a fast NVMe disk."""
 
@@ -50,7 +52,8 @@ class EstimateOptions:
             "pack_blocks": (self.pack_blocks >= 0, "0 or more"),
             "mfu": (0 < self.mfu <= 1, "above 0, at most 1"),
             "price": (self.price is None or 0 <= self.price < math.inf, "0 or more"),
-            "window_tokens": (self.window_tokens > 0, "above 0"),
+            "flop_rate": (self.flop_rate is None or 0 < self.flop_rate < math.inf, "above 0"),
+            "memory_bytes": (0 < self.memory_bytes < math.inf, "above 0"),
             "link_bytes_per_second": (0 < self.link_bytes_per_second < math.inf, "above 0"),
         }
         wrong = [
@@ -60,6 +63,20 @@ class EstimateOptions:
         ]
         if wrong:
             raise ConfigError("options of the estimate\n" + "\n".join(wrong))
+
+    def devices(self) -> tuple[Device, ...]:
+        """The table of devices, or the one that was described."""
+        if self.flop_rate is None:
+            return DEVICES
+        yours = Device(
+            name="yours",
+            bf16_flops=self.flop_rate / self.mfu,
+            fp8_flops=None,
+            memory_bytes=self.memory_bytes,
+            memory_bytes_per_second=math.inf,
+            dollars_per_hour=0.0,
+        )
+        return (yours,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +132,8 @@ class Estimate:
     student: ModelCost
     device_map: str | None
     """The teacher's: if set, its devices work one after the other."""
+    window_tokens: int
+    """Of a streamed teacher: tokens for each pass of its weights."""
     parked_bytes: float
     """Host memory for the hidden states of a streamed teacher's window."""
     devices: tuple[DeviceCost, ...]
@@ -156,13 +175,20 @@ def run(config: ExperimentConfig, options: EstimateOptions) -> Estimate:
         teacher=teacher_cost,
         student=student_cost,
         device_map=getattr(config.teacher, "device_map", None),
-        parked_bytes=min(options.window_tokens, rows.num_tokens) * hidden_bytes,
+        window_tokens=window_tokens(config),
+        parked_bytes=min(window_tokens(config), rows.num_tokens) * hidden_bytes,
         devices=tuple(
             _on_device(device, config, options, (teacher, teacher_cost), (student, student_cost))
-            for device in DEVICES
+            for device in options.devices()
         ),
         options=options,
     )
+
+
+def window_tokens(config: ExperimentConfig) -> int:
+    """Tokens that a streamed teacher passes through a layer while it is loaded."""
+    default = StreamedTeacherConfig(kind="streamed", model="").window_tokens
+    return int(getattr(config.teacher, "window_tokens", default))
 
 
 def _model_cost(
@@ -211,7 +237,7 @@ def _on_device(
     )
     streamed = streamed_seconds(
         cost.num_tokens,
-        window_tokens=options.window_tokens,
+        window_tokens=window_tokens(config),
         flops_per_token=cost.forward_flops_per_token,
         flop_rate=rate,
         weight_bytes=cost.streamed_bytes,

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from distill.estimate.costs import Estimate, ModelCost
-from distill.hardware import DEVICES, RESIDENT_OVERHEAD, TRAINING_BYTES, Job
+from distill.hardware import RESIDENT_OVERHEAD, TRAINING_BYTES, Job
 
 
 def as_dict(estimate: Estimate) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _resident(estimate: Estimate) -> list[str]:
     if estimate.device_map:
         how = f"compute one after the other (device_map {estimate.device_map})"
     rows = []
-    for device, found in zip(DEVICES, estimate.devices, strict=True):
+    for device, found in zip(options.devices(), estimate.devices, strict=True):
         peaks = f"{device.bf16_flops / 1e12:,.0f}"
         peaks += f" / {device.fp8_flops / 1e12:,.0f}" if device.fp8_flops else ""
         rate = f"{found.teacher_flop_rate / 1e12:,.1f}"
@@ -90,10 +90,10 @@ def _streamed(estimate: Estimate) -> list[str]:
         [found.device, f"{found.break_even_tokens:,.0f}", *_job(found.streamed)]
         for found in estimate.devices
     ]
+    link = options.link_bytes_per_second / 1e9
     title = (
-        f"  teacher, streamed: {_gigabytes(estimate.teacher.streamed_bytes)} at "
-        f"{options.link_bytes_per_second / 1e9:g} GB/s for every {options.window_tokens:,} tokens, "
-        f"whose hidden states take {_gigabytes(estimate.parked_bytes)} of host memory"
+        f"  teacher, streamed: {_gigabytes(estimate.teacher.streamed_bytes)} at {link:g} GB/s for "
+        f"every {estimate.window_tokens:,} tokens, whose hidden states take {_gigabytes(estimate.parked_bytes)} of host memory"
     )
     return [title, *_table(["device", "compute-bound from", *_JOB], rows)]
 

@@ -1,0 +1,292 @@
+"""A streamed teacher against a resident one, and against what else streams weights.
+
+    python scripts/bench_streamed.py [--quick] [--large FOLDER] [--out results/bench_streamed.json]
+
+1. `streamed_over_resident`: tokens a second of the streamed teacher over those of the resident one,
+   on a random Llama of half a billion parameters, in bfloat16, at a window of 4,096 tokens. The two
+   alternate; the median of the ratios counts. Their targets are compared to the last bit.
+2. With --large: a random Llama of the shape of Llama 3.1 8B (16 GB of safetensors, written once to
+   FOLDER) scores one window of 4,096 tokens in a process of its own; then the same layers pass by
+   once more through Accelerate's disk offload. Memory is the largest sum of RssAnon and RssShmem of
+   the process (/proc/PID/status, every 20 ms): what it allocated, without the page cache.
+3. `predicted_over_measured`: the formula of `distill estimate` (streamed_seconds), given FLOP/s of
+   one layer in memory and the bytes per second of one layer's read, over the time that 2 took.
+
+Give FOLDER on a disk with 35 GB free: Accelerate writes all layers once more to offload them.
+
+The last line is one JSON object.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from distill.config import ResidentTeacherConfig, StreamedTeacherConfig, ThresholdConfig
+from distill.data import Block
+from distill.estimate.models import shape_of
+from distill.files import write_json_atomically
+from distill.hardware import streamed_seconds
+from distill.targets import SparseTargets, concatenate
+from distill.teacher.resident import ResidentTeacher
+from distill.teacher.selection import Selection, stack_inputs
+from distill.teacher.streamed import StreamedTeacher
+from scripts.bench_teacher import save_random_llama
+from scripts.keep_demo_results import machine
+
+SEED, VOCAB_SIZE, BLOCK_LENGTH = 0, 128_256, 512
+WINDOW_TOKENS, MICRO_BATCH_TOKENS = 4096, 2048
+
+
+def main() -> None:
+    """Measure, print, and write the result where asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one pair of runs")
+    parser.add_argument("--large", type=Path, metavar="FOLDER", help="the 8B shape too")
+    parser.add_argument("--out", type=Path, help="also write the result there")
+    options = parser.parse_args()
+    result: dict[str, Any] = {
+        "window_tokens": WINDOW_TOKENS,
+        "micro_batch_tokens": MICRO_BATCH_TOKENS,
+        "block_length": BLOCK_LENGTH,
+        "seed": SEED,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        save_random_llama(Path(folder))
+        result |= against_resident(Path(folder), 1 if options.quick else 3)
+    if options.large:
+        save_8b_shape(options.large)
+        result["llama_8b_shape"] = against_others(options.large)
+    result["machine"] = machine()
+    if options.out:
+        write_json_atomically(options.out, result)
+    print(json.dumps(result))
+
+
+def make_blocks(num_tokens: int) -> list[Block]:
+    """Blocks of random tokens, two documents each."""
+    random = np.random.default_rng(SEED)
+    cut = BLOCK_LENGTH // 3
+    lengths = np.array([cut, BLOCK_LENGTH - cut], np.int32)
+    return [
+        Block(
+            number,
+            random.integers(0, VOCAB_SIZE, BLOCK_LENGTH).astype(np.int32),
+            lengths,
+            np.ones(BLOCK_LENGTH, np.bool_),
+        )
+        for number in range(num_tokens // BLOCK_LENGTH)
+    ]
+
+
+def new_streamed(folder: Path) -> StreamedTeacher:
+    """Open a streamed teacher whose window is all blocks of this benchmark."""
+    config = StreamedTeacherConfig(
+        kind="streamed",
+        model=str(folder),
+        device="cpu",
+        window_tokens=WINDOW_TOKENS,
+        micro_batch_tokens=MICRO_BATCH_TOKENS,
+    )
+    return StreamedTeacher(config, new_selection())
+
+
+def new_selection() -> Selection:
+    """Draws of the default kind."""
+    return Selection("random", ThresholdConfig(), SEED, VOCAB_SIZE, chunk_rows=256)
+
+
+def against_resident(folder: Path, rounds: int) -> dict[str, Any]:
+    """Ratios of throughput, and whether the targets are the same."""
+    resident = ResidentTeacher(
+        ResidentTeacherConfig(
+            model=str(folder), device="cpu", micro_batch_tokens=MICRO_BATCH_TOKENS
+        ),
+        new_selection(),
+    )
+    streamed, blocks = new_streamed(folder), make_blocks(WINDOW_TOKENS)
+    ratios, waits, are_equal = [], [], True
+    for _ in range(rounds):
+        waited = streamed.seconds_waiting
+        ours, streamed_time = timed(lambda: list(streamed.score([blocks])))
+        theirs, resident_time = timed(lambda: list(resident.score([blocks])))
+        ratios.append(resident_time / streamed_time)
+        waits.append((streamed.seconds_waiting - waited) / streamed_time)
+        left, right = concatenate(ours), concatenate(theirs)
+        are_equal = are_equal and torch.equal(left.ids_N, right.ids_N)
+        are_equal = are_equal and torch.equal(left.weights_N, right.weights_N)
+    return {
+        "streamed_over_resident": round(statistics.median(ratios), 3),
+        "share_waiting": round(statistics.median(waits), 4),
+        "targets_are_equal": are_equal,
+        "rounds": rounds,
+    }
+
+
+def timed(work: Callable[[], list[SparseTargets]]) -> tuple[list[SparseTargets], float]:
+    """Result and wall time of `work`."""
+    started = time.perf_counter()
+    return work(), time.perf_counter() - started
+
+
+def save_8b_shape(folder: Path) -> None:
+    """Write a random checkpoint of the shape of Llama 3.1 8B, a file a layer; once."""
+    if (folder / "model.safetensors.index.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {
+            n: p.shape for n, p in AutoModelForCausalLM.from_config(config).named_parameters()
+        }
+    files: dict[str, list[str]] = {}
+    for name in shapes:
+        parts = name.split(".")
+        files.setdefault(parts[2] if parts[1] == "layers" else parts[-2], []).append(name)
+    torch.manual_seed(SEED)
+    placed = {}
+    for file, names in files.items():
+        tensors = {n: torch.randn(shapes[n], dtype=torch.bfloat16).mul_(0.02) for n in names}
+        for name in names:
+            if len(shapes[name]) == 1:
+                tensors[name].fill_(1)
+            placed[name] = f"model-{file}.safetensors"
+        save_file(tensors, folder / f"model-{file}.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": placed}
+    write_json_atomically(folder / "model.safetensors.index.json", index)
+
+
+def against_others(folder: Path) -> dict[str, Any]:
+    """The 8B shape streamed by us and by Accelerate, each in a process of its own."""
+    found: dict[str, Any] = {}
+    for name, work in (("distill", run_streamed), ("accelerate_disk_offload", run_accelerate)):
+        found[name] = in_process(work, str(folder))
+    ours = found["distill"]
+    shape = shape_of(AutoConfig.from_pretrained(folder), "benchmark")
+    attention_flops = shape.attention_flops_per_token(BLOCK_LENGTH) / shape.num_layers
+    link, rate = one_layer(folder, attention_flops)
+    layer_bytes = ours["bytes_streamed"] / shape.num_layers
+    predicted = streamed_seconds(
+        WINDOW_TOKENS,
+        window_tokens=WINDOW_TOKENS,
+        flops_per_token=shape.flops_per_token(BLOCK_LENGTH),
+        flop_rate=rate,
+        weight_bytes=ours["bytes_streamed"],
+        first_layer_bytes=layer_bytes,
+        bytes_per_second=link,
+    )
+    found["predicted_over_measured"] = round(predicted / ours["seconds"], 3)
+    theirs = found["accelerate_disk_offload"]
+    found["speed_over_accelerate"] = round(theirs["seconds"] / ours["seconds"], 3)
+    return found
+
+
+def run_streamed(folder: str) -> dict[str, Any]:
+    """Score one window with the streamed teacher."""
+    teacher, blocks = new_streamed(Path(folder)), make_blocks(WINDOW_TOKENS)
+    targets, taken = timed(lambda: list(teacher.score([blocks])))
+    stages = teacher._skeleton.stages
+    return {
+        "seconds": round(taken, 2),
+        "tokens_per_second": round(WINDOW_TOKENS / taken, 2),
+        "share_waiting": round(teacher.seconds_waiting / taken, 4),
+        "bytes_streamed": sum(teacher._skeleton.num_bytes(stage) for stage in stages[1:]),
+        "num_rows": sum(int((target.counts_R > 0).sum()) for target in targets),
+    }
+
+
+@torch.inference_mode()
+def run_accelerate(folder: str) -> dict[str, Any]:
+    """Score the same micro-batches with transformers and Accelerate's disk offload."""
+    config = AutoConfig.from_pretrained(folder)
+    places: dict[str, str] = {f"model.layers.{n}": "disk" for n in range(config.num_hidden_layers)}
+    places |= {"model.embed_tokens": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places |= {"lm_head": "disk"}
+    with tempfile.TemporaryDirectory(dir=Path(folder).parent) as offload:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, device_map=places, offload_folder=offload
+        ).eval()
+        selection, blocks = new_selection(), make_blocks(WINDOW_TOKENS)
+        at_once = MICRO_BATCH_TOKENS // BLOCK_LENGTH
+
+        def work() -> list[SparseTargets]:
+            found: list[SparseTargets] = []
+            for first in range(0, len(blocks), at_once):
+                batch = blocks[first : first + at_once]
+                input_ids_BT, position_ids_BT = stack_inputs(batch, torch.device("cpu"))
+                hidden_BTD = model.get_decoder()(
+                    input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False
+                ).last_hidden_state
+                found += selection.select(hidden_BTD, batch, model.get_output_embeddings())
+            return found
+
+        taken = timed(work)[1]
+    return {"seconds": round(taken, 2), "tokens_per_second": round(WINDOW_TOKENS / taken, 2)}
+
+
+def one_layer(folder: Path, attention_flops: float) -> tuple[float, float]:
+    """Bytes per second of reading one layer, and FLOP/s of one layer on one micro-batch."""
+    skeleton = new_streamed(folder)._skeleton
+    stage = skeleton.stages[1]
+    started = time.perf_counter()
+    tensors = skeleton.read(stage)
+    link = skeleton.num_bytes(stage) / (time.perf_counter() - started)
+    skeleton.fill(stage, tensors)
+    _, position_ids_BT = stack_inputs(make_blocks(MICRO_BATCH_TOKENS), torch.device("cpu"))
+    hidden_BTD = torch.randn(*position_ids_BT.shape, 4096, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        skeleton.layer(0, hidden_BTD, position_ids_BT)
+        started = time.perf_counter()
+        for _ in range(3):
+            skeleton.layer(0, hidden_BTD, position_ids_BT)
+        taken = (time.perf_counter() - started) / 3
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    return link, (2 * parameters + attention_flops) * MICRO_BATCH_TOKENS / taken
+
+
+def in_process(work: Callable[[str], dict[str, Any]], folder: str) -> dict[str, Any]:
+    """Run `work` in a new process; return what it found, and the largest memory that it held."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        pid = pool.apply(os.getpid)
+        peak, done = [0], threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.02):
+                status = Path(f"/proc/{pid}/status").read_text()
+                held = [int(status.split(f"{n}:")[1].split()[0]) for n in ("RssAnon", "RssShmem")]
+                peak[0] = max(peak[0], sum(held) * 1024)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        found = pool.apply(work, (folder,))
+        done.set()
+        watcher.join()
+    return {**found, "peak_bytes": peak[0]}
+
+
+if __name__ == "__main__":
+    main()
