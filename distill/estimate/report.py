@@ -93,7 +93,8 @@ def _streamed(estimate: Estimate) -> list[str]:
     link = options.link_bytes_per_second / 1e9
     title = (
         f"  teacher, streamed: {_gigabytes(estimate.teacher.streamed_bytes)} at {link:g} GB/s for "
-        f"every {estimate.window_tokens:,} tokens, whose hidden states take {_gigabytes(estimate.parked_bytes)} of host memory"
+        f"every {estimate.window_tokens:,} tokens, whose hidden states take "
+        f"{_gigabytes(estimate.parked_bytes)} of host memory"
     )
     return [title, *_table(["device", "compute-bound from", *_JOB], rows)]
 
