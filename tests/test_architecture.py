@@ -24,7 +24,7 @@ LAYERS = [
     {"targets", "models", "metrics", "draw"},
     {"losses", "head", "data", "checkpoint", "export", "cache.storage", "cache.coding"},
     {"cache", "cache.validate", "cache.writer", "cache.reader", "cache.inspect", "cache.rows"},
-    {"teacher", "teacher.*"},
+    {"teacher", "teacher.*", "workers", "workers.*"},
     {"capture", "evaluate", "evaluate.*"},
     {"fit", "train", "estimate", "estimate.*"},
     {"cli"},
