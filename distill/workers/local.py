@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import NoReturn
 
 from distill.config import ExperimentConfig
 from distill.errors import DistillError
@@ -88,8 +89,7 @@ class LocalEngine:
 
     def _bury(self, worker: int, last_seconds: float = _LAST_SECONDS) -> int | None:
         """End a worker with all its helpers; return its exit code."""
-        process = self._processes.pop(worker)
-        self._lines.pop(worker).close()
+        process, line = self._processes.pop(worker), self._lines.pop(worker)
         wait([process.sentinel], last_seconds)  # it may be ending by itself, with a code that tells
         assert process.pid is not None
         with suppress(ProcessLookupError):
@@ -98,6 +98,7 @@ class LocalEngine:
         process.join()
         code = process.exitcode
         process.close()
+        line.close()
         return code
 
 
@@ -120,17 +121,23 @@ def _explain_exit(code: int | None) -> str:
 
 
 class _Line:
-    """The worker's end of its pipe."""
+    """The worker's end of its pipe. Where nobody is at the other, the worker has to go, too."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._lock = connection, threading.Lock()
 
     def send(self, event: Event) -> None:
-        with self._lock:
-            self._connection.send(event)
+        try:
+            with self._lock:
+                self._connection.send(event)
+        except (BrokenPipeError, ConnectionResetError):
+            _end_group()
 
     def receive(self) -> Answer:
-        answer: Answer = self._connection.recv()
+        try:
+            answer: Answer = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            _end_group()
         return answer
 
 
@@ -158,4 +165,9 @@ def _die_with_driver() -> None:
     driver = multiprocessing.parent_process()
     assert driver is not None
     driver.join()
+    _end_group()
+
+
+def _end_group() -> NoReturn:
     os.killpg(0, signal.SIGKILL)
+    raise AssertionError("a process survived SIGKILL")
