@@ -52,7 +52,7 @@ class ProgressBar:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        else:
+        elif error is None or self._count != self._first:
             self._print_line()
 
     def restart_clock(self) -> None:

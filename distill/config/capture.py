@@ -117,6 +117,6 @@ class CaptureConfig:
     cpus_per_worker: Positive | None = None
     """CPU threads of each worker; by default `local` shares out the cores and `ray` takes 1."""
     ray_address: str | None = None
-    """HOST:PORT of the Ray cluster, or local to start one; by default one at hand, else local."""
+    """HOST:PORT of the Ray cluster; by default the one at hand. `local` starts one."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """Workers that may die before the capture gives up; others take up their shards."""

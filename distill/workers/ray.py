@@ -5,10 +5,11 @@ in its main thread, as engines with processes of their own want it.
 """
 
 import asyncio
-import logging
 import os
 import pickle
 import platform
+import re
+import socket
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ from distill.workers.protocol import Answer, Died, Event, Failed, Stop, serve
 
 try:
     import ray
-    from ray.exceptions import RayActorError, RayError, RayTaskError
+    from ray.exceptions import RayError, RayTaskError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError:
     raise ConfigError(
@@ -146,20 +147,42 @@ class RayEngine:
 
 
 def _connect(address: str | None) -> None:
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address != "local":
-        try:
-            ray.init(address=address or "auto", **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            if address is not None:
-                raise ConfigError(
-                    f"capture.ray_address: there is no Ray cluster at {address}: "
-                    f"{_first_line(error)}\n  Start one (ray start --head), or leave it out."
-                ) from None
-        else:
-            return
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    """Join a cluster, or start one of this machine; Ray's own messages stay in its log files.
+
+    Raises:
+        ConfigError: there is no cluster.
+    """
+    if address == "local":
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # a capture tells nobody that it runs
+        ray.init("local", include_dashboard=False, logging_level="error", log_to_driver=False)
+        return
+    if address is not None:
+        _require_listener(address)
+    try:
+        ray.init(address or "auto", logging_level="error", log_to_driver=False)
+    except ConnectionError as error:
+        raise ConfigError(
+            f"capture.ray_address: there is no Ray cluster at {address or 'hand'}: "
+            f"{_first_line(error)}\n  Start one (ray start --head), name another, or let "
+            "capture.ray_address=local start one for this capture."
+        ) from None
+
+
+def _require_listener(address: str) -> None:
+    """Refuse an address where nobody listens; Ray would try for two minutes."""
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isdigit()):
+        raise ConfigError(
+            f"capture.ray_address: expected HOST:PORT (as ray start shows it) or local, "
+            f"found {address!r}."
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConfigError(
+            f"capture.ray_address: nothing answers at {address}: {error}.\n  Is the head node of "
+            "the Ray cluster up (ray status)?"
+        ) from None
 
 
 def _explain_end(run: Any) -> Event:
@@ -169,9 +192,15 @@ def _explain_end(run: Any) -> Event:
         if isinstance(error.cause, DistillError):
             return Failed(error.cause)
         return Died(f"{type(error.cause).__name__}: {error.cause}")
-    except RayActorError as error:
-        return Died(_first_line(error))
+    except RayError as error:
+        return Died(_explain_death(error))
     return Died("it ended in the middle of its work")
+
+
+def _explain_death(error: RayError) -> str:
+    """What happened to the process, of the many lines in which Ray says it."""
+    told = re.search(r"Worker exit type: (.*?)(?: Some common causes|\n|$)", str(error))
+    return f"its process is gone ({told[1].rstrip('.')})" if told else _first_line(error)
 
 
 def _first_line(error: Exception) -> str:
