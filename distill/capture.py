@@ -69,9 +69,9 @@ def capture(config: ExperimentConfig, *, worker: int = 0, num_workers: int = 1) 
         manifests = prepare(config)
     writers = {s: ShardWriter(Folder(config.cache_folder(s)), m) for s, m in manifests.items()}
     jobs = [
-        Job(split, shard, len(writer.manifest.shard_blocks(shard)) * writer.manifest.block_length)
-        for split, writer in reversed(writers.items())  # held-out first: mistakes show early
-        for shard in writer.pending(worker, num_workers)
+        Job(split, shard, len(manifests[split].shard_blocks(shard)) * config.data.block_length)
+        for split in reversed(SPLITS)  # held-out first: it is small and shows mistakes early
+        for shard in writers[split].pending(worker, num_workers)
     ]
     if jobs and is_shared_out:
         with _progress(manifests, jobs) as progress:

@@ -77,6 +77,10 @@ def open_last_breath(folder: Path) -> Work:
     return work
 
 
+def open_forgetful() -> Work:
+    return lambda jobs, _: list(jobs).clear()
+
+
 def open_failing(error: Exception) -> Work:
     raise error
 
@@ -131,6 +135,11 @@ def test_broken_program_of_a_worker_is_named_when_restarts_do_not_help(
     message = r"worker \d died: KeyError: 'where'. It was death 3, and capture.max_restarts is 2.\n"
     with pytest.raises(WorkerError, match=message):
         run_workers(config, partial(open_failing, KeyError("where")), EIGHT_JOBS, Counted())
+
+
+def test_work_that_loses_a_job_is_found_out(tiny_config: ConfigMaker) -> None:
+    with pytest.raises(WorkerError, match="AssertionError: the work did not publish all its jobs"):
+        run_workers(tiny_config("capture.max_restarts=0"), open_forgetful, EIGHT_JOBS, Counted())
 
 
 def test_full_disk_of_a_worker_is_not_met_with_restarts(

@@ -131,18 +131,22 @@ class Engine(Protocol):
 def serve(channel: Channel, open_work: OpenWork) -> None:
     """Be a worker: load, then do jobs until the driver says stop; a pause ends a round."""
     answer: Answer = Pause()
+    num_pulled = 0
 
     def pull() -> Iterator[Job]:
-        nonlocal answer
+        nonlocal answer, num_pulled
         channel.send(Asked())
         while isinstance(answer := channel.receive(), Job):
+            num_pulled += 1
             yield answer
             channel.send(Asked())
 
     work, reporter = open_work(), _Sender(channel)
     while not isinstance(answer, Stop):
+        num_pulled = 0
         work(pull(), reporter)
         assert not isinstance(answer, Job), "the work left its jobs before their end"
+        assert num_pulled or isinstance(answer, Stop), "the work did not publish all its jobs"
 
 
 class _Sender:

@@ -237,7 +237,7 @@ class _Line:
         self._mailbox, self._address = mailbox, address
 
     def send(self, event: Event) -> None:
-        self._mailbox.post.remote(self._address, event)
+        ray.get(self._mailbox.post.remote(self._address, event))  # waits, to keep the order
 
     def receive(self) -> Answer:
         answer: Answer = ray.get(self._mailbox.receive.remote(self._address))
