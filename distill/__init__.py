@@ -52,6 +52,7 @@ _HOMES = {
     "TopKConfig": "distill.config",
     "TrainConfig": "distill.config",
     "VllmTeacherConfig": "distill.config",
+    "WorkerError": "distill.errors",
     "capture": "distill.capture",
     "distillation_loss": "distill.losses",
     "evaluate": "distill.evaluate.compare",

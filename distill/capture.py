@@ -1,29 +1,33 @@
 """The batch job: documents -> blocks -> teacher -> cache. Read from top to bottom.
 
 Any number of workers may run `capture` at once; they share nothing but the folder. Killed at any
-moment, a worker loses at most the shard in work, and the next start goes on from there.
+moment, a worker loses at most the shard in work (of a streamed teacher: the window), and the next
+start goes on from there.
 """
 
+import dataclasses
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from functools import partial
 
-from distill import fingerprint
+from transformers.utils.logging import disable_progress_bar
+
 from distill.cache import format as fmt
-from distill.cache.manifest import Manifest, ShardRecord
+from distill.cache.manifest import Manifest
 from distill.cache.storage import Folder, read_manifest, write_manifest
 from distill.cache.writer import BlockSpool, ShardWriter
-from distill.config import ExperimentConfig, to_tree
-from distill.data import SPLITS, Block, make_blocks, source_fingerprints
+from distill.config import ExperimentConfig
+from distill.data import SPLITS, Block, make_blocks
 from distill.errors import CacheError, ConfigError, MismatchError, explain_difference
-from distill.models import load_config, load_tokenizer
-from distill.progress import ProgressBar
+from distill.identity import cache_identity, make_manifest, teacher_identity, tokenizer_source
+from distill.models import load_tokenizer
+from distill.progress import ProgressBar, ShardProgress
 from distill.targets import SparseTargets, concatenate
 from distill.teacher import Teacher, open_teacher
+from distill.workers import run_workers
+from distill.workers.protocol import Job, Reporter, Work
 
 _SHARDS_IN_FLIGHT = 2
 """Shards being encoded and written while the teacher computes the next ones."""
@@ -33,7 +37,7 @@ def capture(config: ExperimentConfig, *, worker: int = 0, num_workers: int = 1) 
     """Cache the teacher's targets of both splits, as far as they are not there yet.
 
     Args:
-        config: The experiment.
+        config: The experiment; `capture` says how many workers share the work, and where.
         worker: This worker takes the shards whose number leaves this remainder ...
         num_workers: ... when divided by this.
 
@@ -41,16 +45,25 @@ def capture(config: ExperimentConfig, *, worker: int = 0, num_workers: int = 1) 
         Whether both caches are complete now (other workers may still be busy).
 
     Raises:
-        ConfigError: data or teacher cannot be opened.
+        ConfigError: data or teacher cannot be opened, or there is no room for the workers.
         MismatchError: the folder holds a cache of something else; both sides are shown.
         TeacherError: the teacher's logits are unusable.
         StorageError: no space; what is finished stays.
+        WorkerError: more workers died than `capture.max_restarts`; what is finished stays.
     """
     if _is_follower(config):
-        tokenizer = load_tokenizer(*_tokenizer_source(config))
+        tokenizer = load_tokenizer(*tokenizer_source(config))
         for _ in open_teacher(config, len(tokenizer)).score(()):
             pass  # process 0 writes what all computed
         return True
+    is_shared_out = config.capture.workers > 1 or config.capture.engine == "ray"
+    if is_shared_out and num_workers > 1:
+        raise ConfigError(
+            f"--worker {worker}/{num_workers} is one of several independent workers, but the "
+            f"config starts workers of its own (capture.workers={config.capture.workers}, "
+            f"capture.engine={config.capture.engine}).\n"
+            "  Leave out --worker, or set capture.workers=1 and capture.engine=local."
+        )
     try:
         manifests = prepare(config)
     except FileNotFoundError:
@@ -59,13 +72,18 @@ def capture(config: ExperimentConfig, *, worker: int = 0, num_workers: int = 1) 
         # While this worker packed, another completed the caches and removed the spooled blocks.
         manifests = prepare(config)
     writers = {s: ShardWriter(Folder(config.cache_folder(s)), m) for s, m in manifests.items()}
-    pending = {s: writer.pending(worker, num_workers) for s, writer in writers.items()}
-    if any(pending.values()):
-        teacher = open_teacher(config, manifests["train"].vocab_size)
-        for split in reversed(SPLITS):  # held-out first: it is small and shows mistakes early
-            if pending[split]:
-                _fill(writers[split], pending[split], teacher, f"capture {split}")
-        teacher.close()
+    jobs = [
+        Job(split, shard, len(manifests[split].shard_blocks(shard)) * config.data.block_length)
+        for split in reversed(SPLITS)  # held-out first: it is small and shows mistakes early
+        for shard in writers[split].pending(worker, num_workers)
+    ]
+    if jobs and is_shared_out:
+        with _progress(manifests, jobs) as progress:
+            run_workers(config, partial(_open_in_worker, config, manifests), jobs, progress)
+    elif jobs:
+        fill = _open(config, manifests)
+        with _progress(manifests, jobs) as progress:
+            fill(jobs, progress)
     sealed = [writer.seal() for writer in writers.values()]
     return all(sealed)
 
@@ -92,14 +110,14 @@ def prepare(config: ExperimentConfig) -> dict[str, Manifest]:
     Raises:
         MismatchError: a manifest is there, of something else.
     """
-    fields = _identity(config)
+    fields = cache_identity(config)
     manifests = {}
     for split in SPLITS:
         folder = config.cache_folder(split)
         manifest = read_manifest(Folder(folder))
         if manifest is not None:
             blocks = manifest.data["blocks"]
-            wanted = _manifest(fields, split, blocks, manifest.num_blocks, manifest.num_rows)
+            wanted = make_manifest(fields, split, blocks, manifest.num_blocks, manifest.num_rows)
             require_same(manifest, wanted, folder)
             manifests[split] = manifest
     if len(manifests) < len(SPLITS):
@@ -107,13 +125,13 @@ def prepare(config: ExperimentConfig) -> dict[str, Manifest]:
             s: BlockSpool(Folder(config.cache_folder(s)), config.cache.blocks_per_shard)
             for s in SPLITS
         }
-        tokenizer = load_tokenizer(*_tokenizer_source(config))
+        tokenizer = load_tokenizer(*tokenizer_source(config))
         with ProgressBar("pack", _expected_tokens(config)) as bar:
             for split, block in make_blocks(config.data, tokenizer, config.seed):
                 spools[split].add(block)
                 bar.advance(config.data.block_length)
         for split, spool in spools.items():
-            made = _manifest(fields, split, spool.finish(), spool.num_blocks, spool.num_rows)
+            made = make_manifest(fields, split, spool.finish(), spool.num_blocks, spool.num_rows)
             folder = config.cache_folder(split)
             require_same(manifests.get(split, made), made, folder)
             if split not in manifests:
@@ -140,104 +158,73 @@ def require_same(found: Manifest, wanted: Manifest, folder: str) -> None:
         )
 
 
-def _fill(writer: ShardWriter, shards: list[int], teacher: Teacher, name: str) -> None:
-    """Score the shards in turn; a thread encodes and writes one while the next is scored."""
-    manifest, length = writer.manifest, writer.manifest.block_length
-    remaining = sum(len(manifest.shard_blocks(shard)) for shard in shards) * length
-    handed: deque[tuple[int, list[Block]]] = deque()
+def _open(config: ExperimentConfig, manifests: Mapping[str, Manifest]) -> Work:
+    """Load the teacher; return what scores and publishes shards."""
+    writers = {s: ShardWriter(Folder(config.cache_folder(s)), m) for s, m in manifests.items()}
+    return partial(_fill, writers, open_teacher(config, manifests["train"].vocab_size))
+
+
+def _open_in_worker(config: ExperimentConfig, manifests: Mapping[str, Manifest]) -> Work:
+    """Do the same in another process, whose machine may hold another model under the same name."""
+    disable_progress_bar()
+    for split, manifest in manifests.items():
+        wanted = dataclasses.replace(manifest, teacher=teacher_identity(config))
+        require_same(manifest, wanted, config.cache_folder(split))
+    return _open(config, manifests)
+
+
+def _fill(
+    writers: Mapping[str, ShardWriter], teacher: Teacher, jobs: Iterable[Job], reporter: Reporter
+) -> None:
+    """Score shards in turn; a thread encodes and writes one while the next is scored."""
+    handed: deque[tuple[Job, list[Block]]] = deque()
 
     def groups() -> Iterator[list[Block]]:
-        for shard in shards:
+        for job in jobs:
             try:
-                blocks = writer.read_blocks(shard)
+                blocks = writers[job.split].read_blocks(job.shard)
             except CacheError:
-                if writer.is_complete():  # another worker did our shards too, and cleaned up
-                    return
-                raise
-            handed.append((shard, blocks))
+                if not writers[job.split].is_complete():
+                    raise
+                # Another capture did this shard too, and cleaned up.
+                reporter.scored(job.num_tokens)
+                reporter.published(job)
+                continue
+            handed.append((job, blocks))
             yield blocks
 
-    with (
-        ProgressBar(name, manifest.num_tokens, done=manifest.num_tokens - remaining) as bar,
-        ThreadPoolExecutor(1) as thread,
-    ):
-        in_flight: deque[Future[ShardRecord]] = deque()
+    def publish(job: Job, blocks: list[Block], targets: list[SparseTargets]) -> None:
+        writers[job.split].write(job.shard, blocks, concatenate(targets))
+        reporter.published(job)
+
+    with ThreadPoolExecutor(1) as thread:
+        in_flight: deque[Future[None]] = deque()
         targets: list[SparseTargets] = []
         for target in teacher.score(groups()):
             targets.append(target)
-            shard, blocks = handed[0]
-            bar.advance(length, f"shard {shard + 1} of {manifest.num_shards}")
+            job, blocks = handed[0]
+            reporter.scored(job.num_tokens // len(blocks))
             if len(targets) == len(blocks):
                 if len(in_flight) == _SHARDS_IN_FLIGHT:
                     in_flight.popleft().result()
-                in_flight.append(thread.submit(writer.write, shard, blocks, concatenate(targets)))
+                in_flight.append(thread.submit(publish, job, blocks, targets))
                 handed.popleft()
                 targets = []
         for future in in_flight:
             future.result()
+    teacher.close()
 
 
-def _identity(config: ExperimentConfig) -> dict[str, Any]:
-    """All manifest fields that are known before any block is made."""
-    teacher = config.teacher
-    model = load_config(teacher.model, "teacher.model", teacher.revision)
-    tokenizer = load_tokenizer(*_tokenizer_source(config))
-    vocab_size = len(tokenizer)
-    padded = int(model.get_text_config().vocab_size)
-    if padded < vocab_size:
-        raise MismatchError(
-            "the tokenizer has more tokens than the teacher has logits.\n"
-            f"  teacher    {teacher.model}  {padded:,} logits\n"
-            f"  tokenizer  {_tokenizer_source(config)[0]}  {vocab_size:,} tokens\n"
-            "  Use the teacher's own tokenizer: leave out data.tokenizer."
-        )
-    quantisation = dict(getattr(model, "quantization_config", None) or {})
-    settings = to_tree(config)
-    targets = settings["targets"]
-    folder = Path(teacher.model)
-    try:
-        weights = fingerprint.of_weights(folder) if folder.exists() else None
-    except FileNotFoundError as error:
-        raise ConfigError(f"teacher.model: {error}.") from None
-    return {
-        "teacher": {
-            "model": teacher.model,
-            "revision": getattr(model, "_commit_hash", None) or teacher.revision,
-            "weights": weights,
-            "dtype": teacher.dtype,
-            "quantisation": "gguf"
-            if folder.suffix == ".gguf"
-            else quantisation.get("quant_method"),
-            "licence": teacher.licence,
-        },
-        "tokenizer": {"fingerprint": fingerprint.of_tokenizer(tokenizer), "vocab_size": vocab_size},
-        "padded_vocab_size": padded,
-        "data": {"settings": settings["data"], "files": source_fingerprints(config.data)},
-        "targets": targets,
-        "seed": config.seed,
-        "head_step_nats": fmt.head_step_nats(targets),
-        "block_length": config.data.block_length,
-        "blocks_per_shard": config.cache.blocks_per_shard,
-    }
-
-
-def _manifest(
-    fields: dict[str, Any], split: str, blocks: str, num_blocks: int, num_rows: int
-) -> Manifest:
-    return Manifest(
-        **(fields | {"data": fields["data"] | {"blocks": blocks}}),
-        split=split,
-        num_blocks=num_blocks,
-        num_rows=num_rows,
-        versions={name: version(name) for name in ("torch", "transformers", "numpy", "pyarrow")},
+def _progress(manifests: Mapping[str, Manifest], jobs: list[Job]) -> ShardProgress:
+    total_tokens = sum(manifest.num_tokens for manifest in manifests.values())
+    total_shards = sum(manifest.num_shards for manifest in manifests.values())
+    return ShardProgress(
+        "capture",
+        total_tokens=total_tokens,
+        done_tokens=total_tokens - sum(job.num_tokens for job in jobs),
+        total_shards=total_shards,
+        done_shards=total_shards - len(jobs),
     )
-
-
-def _tokenizer_source(config: ExperimentConfig) -> tuple[str, str, str | None]:
-    """Name, setting and revision of the tokenizer."""
-    if config.data.tokenizer is not None:
-        return config.data.tokenizer, "data.tokenizer", None
-    return config.teacher.model, "teacher.model", config.teacher.revision
 
 
 def _expected_tokens(config: ExperimentConfig) -> int:

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distill.cache_verbs import inspect_caches, is_config, verify_caches
 from distill.config import load, to_tree
-from distill.errors import CacheError, ConfigError, DistillError, MismatchError
+from distill.errors import ConfigError, DistillError
 from distill.files import write_json_atomically
 
 if TYPE_CHECKING:
@@ -96,9 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
     board.add_argument(
         "--out", type=Path, metavar="DIR", help="also write leaderboard.md, results.json"
     )
-    inspect = add("inspect", _inspect, "what a cache holds", "CONFIG_OR_CACHE")
+    inspect = add("inspect", inspect_caches, "what a cache holds", "CONFIG_OR_CACHE")
     inspect.add_argument("--json", action="store_true", help="for machines")
-    add("verify", _verify, "whether every byte of a cache is right", "CONFIG_OR_CACHE")
+    add("verify", verify_caches, "whether every byte of a cache is right", "CONFIG_OR_CACHE")
     return parser
 
 
@@ -150,59 +151,6 @@ def _leaderboard(options: argparse.Namespace) -> int:
     if options.out:
         write(results, options.out)
     return 0
-
-
-def _inspect(options: argparse.Namespace) -> int:
-    from distill.cache.inspect import describe, summarise
-    from distill.cache.reader import open_cache
-    from distill.cache.rows import describe_rows, sample_rows
-    from distill.models import load_tokenizer
-
-    summaries = []
-    for url in _cache_folders(options.target):
-        cache = open_cache(url)
-        summary, teacher = summarise(cache), cache.manifest.teacher
-        try:
-            tokenizer = load_tokenizer(teacher["model"], "teacher.model", teacher["revision"])
-            summary["rows"] = sample_rows(cache, tokenizer)
-            rows = describe_rows(summary["rows"])
-        except (ConfigError, MismatchError) as error:
-            rows = f"  rows are not shown as text: {error}"  # the teacher may live elsewhere
-        summaries.append(summary)
-        if not options.json:
-            print(f"{describe(summary)}\n{rows}")
-    if options.json:
-        print(json.dumps(summaries, indent=1))
-    return 0
-
-
-def _verify(options: argparse.Namespace) -> int:
-    num_faults = sum(_count_faults(url) for url in _cache_folders(options.target))
-    return 1 if num_faults else 0
-
-
-def _count_faults(url: str) -> int:
-    from distill.cache.inspect import find_strangers, verify
-    from distill.cache.storage import Folder, read_manifest
-    from distill.progress import ProgressBar
-
-    try:
-        manifest = read_manifest(Folder(url))
-    except CacheError:
-        manifest = None  # verify says what is wrong with it
-    checked: list[int] = []
-    with ProgressBar(f"verify {url}", manifest.num_tokens if manifest else 0) as bar:
-
-        def count(shard: int) -> None:
-            checked.append(shard)
-            if manifest is not None:
-                bar.advance(len(manifest.shard_blocks(shard)) * manifest.block_length)
-
-        faults = verify(url, num_threads=os.cpu_count() or 1, on_shard=count)
-    print(f"{url}: {len(checked)} shards checked, {len(faults)} faults")
-    for line in [*faults, *(f"note: {stranger}" for stranger in find_strangers(url))]:
-        print(f"  {line}")
-    return len(faults)
 
 
 def _capture(config: "ExperimentConfig", worker: int, num_workers: int) -> None:
@@ -283,26 +231,8 @@ def _cache_root(config: "ExperimentConfig") -> str:
     return config.cache_folder("train").rsplit("/", 1)[0]
 
 
-def _is_config(target: str) -> bool:
-    return target.endswith((".yaml", ".yml"))
-
-
 def _run_folder(target: str) -> Path:
-    return load(Path(target)).run_folder if _is_config(target) else Path(target)
-
-
-def _cache_folders(target: str) -> list[str]:
-    """Caches of a config, or the cache that a folder is or holds."""
-    from distill.cache.storage import Folder
-    from distill.data import SPLITS
-
-    if _is_config(target):
-        config = load(Path(target))
-        return [config.cache_folder(split) for split in SPLITS]
-    held = [
-        split for split in SPLITS if Folder(f"{target.rstrip('/')}/{split}").exists("manifest.json")
-    ]
-    return [f"{target.rstrip('/')}/{split}" for split in held] or [target]
+    return load(Path(target)).run_folder if is_config(target) else Path(target)
 
 
 if __name__ == "__main__":

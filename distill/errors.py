@@ -5,6 +5,7 @@
     +-- CacheError(ValueError)             a cache is damaged, incomplete or not a cache
     +-- MismatchError(ValueError)          two things do not belong together
     +-- TeacherError(RuntimeError)         the teacher cannot be loaded, or gives no finite logits
+    +-- WorkerError(RuntimeError)          workers of a capture died, more than may be restarted
     +-- CheckpointError(RuntimeError)      a run folder or checkpoint cannot be used
     +-- EvalError(RuntimeError)            a benchmark could not be run or compared
     +-- StorageError(OSError)              the disk or object store refused (full, read-only, gone)
@@ -35,6 +36,10 @@ class MismatchError(DistillError, ValueError):
 
 class TeacherError(DistillError, RuntimeError):
     """The teacher cannot be loaded, or what it computes is unusable."""
+
+
+class WorkerError(DistillError, RuntimeError):
+    """Workers of a capture died, more of them than may be restarted."""
 
 
 class CheckpointError(DistillError, RuntimeError):

@@ -52,8 +52,16 @@ class ProgressBar:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        else:
+        elif error is None or self._count != self._first:
             self._print_line()
+
+    def restart_clock(self) -> None:
+        """Let the rate count from now on: what came before was loading."""
+        self._start, self._first = time.monotonic(), self._count
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(f"{self._name}: {text}", highlight=False, soft_wrap=True, markup=False)
 
     @property
     def tokens_per_second(self) -> float:
@@ -73,11 +81,45 @@ class ProgressBar:
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         rate = self.tokens_per_second
-        left = (self._total - self._count) / rate if rate else float("nan")
+        left = f", {(self._total - self._count) / rate:,.0f} s left" if rate else ""
         share = self._count / max(self._total, 1)
         self._console.print(
             f"{self._name}: {self._count:,} of {self._total:,} tokens ({share:.0%}), "
-            f"{rate:,.0f} tokens/s, {left:,.0f} s left  {self._note}".rstrip(),
+            f"{rate:,.0f} tokens/s{left}  {self._note}".rstrip(),
             highlight=False,
             soft_wrap=True,
         )
+
+
+class ShardProgress(ProgressBar):
+    """Progress of a capture: tokens through the teacher, and shards in the cache."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        total_tokens: int,
+        done_tokens: int,
+        total_shards: int,
+        done_shards: int,
+    ) -> None:
+        super().__init__(name, total_tokens, done=done_tokens)
+        self._total_shards, self._done_shards = total_shards, done_shards
+        self._workers = ""
+        self.tick()
+
+    def scored(self, num_tokens: int) -> None:
+        """Count tokens; a negative number takes those back that a dead worker did not publish."""
+        shards = f"{self._done_shards} of {self._total_shards} shards"
+        self.advance(num_tokens, shards + self._workers)
+
+    def published(self, job: object) -> None:
+        """Count a shard."""
+        del job
+        self._done_shards += 1
+        self.tick()
+
+    def tick(self, workers: str = "") -> None:
+        """Refresh the view; `workers` says how many there are."""
+        self._workers = f", {workers}" if workers else self._workers
+        self.scored(0)

@@ -20,6 +20,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
@@ -124,6 +125,20 @@ def tiny_teacher(
     model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def own_teacher(tiny_teacher: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny teacher that may be changed."""
+    return Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
+
+
+def poison(teacher: Path, row: int = 132, tensor: str = "lm_head") -> None:
+    """Make a row of weights NaN; inner rows are too far inside for the teacher's fingerprint."""
+    path = teacher / "model.safetensors"
+    weights = load_file(path)
+    weights[f"{tensor}.weight"][row] = torch.nan
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def make_documents(count: int, seed: int) -> list[str]:

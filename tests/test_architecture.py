@@ -31,11 +31,12 @@ LAYERS = [
         "cache.reader",
         "cache.inspect",
         "cache.rows",
+        "identity",
     },
-    {"teacher", "teacher.*"},
+    {"teacher", "teacher.*", "workers", "workers.*"},
     {"capture", "evaluate", "evaluate.*"},
     {"fit", "train", "estimate", "estimate.*"},
-    {"cli"},
+    {"cli", "cache_verbs"},
 ]
 """From the bottom: a module imports from its own layer or from below."""
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -22,28 +21,14 @@ from distill.draw import draw
 from distill.errors import MismatchError, StorageError, TeacherError
 from distill.teacher import open_teacher
 from distill.uniforms import row_uniforms
-from tests.conftest import ConfigMaker
+from tests.conftest import ConfigMaker, poison
 from tests.processes import cached, start
-
-
-def poison(teacher: Path, row: int = 132, tensor: str = "lm_head") -> None:
-    """Make a row of weights NaN; inner rows are too far inside for the teacher's fingerprint."""
-    path = teacher / "model.safetensors"
-    weights = load_file(path)
-    weights[f"{tensor}.weight"][row] = torch.nan
-    save_file(weights, path, metadata={"format": "pt"})
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Where `tiny_config` keeps its caches."""
     return tmp_path / "run" / "cache"
-
-
-@pytest.fixture
-def own_teacher(tiny_teacher: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny teacher that may be changed."""
-    return Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
 
 
 def test_second_capture_writes_nothing_and_asks_the_teacher_nothing(

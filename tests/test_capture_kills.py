@@ -6,61 +6,20 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-import yaml
 
 from distill.cache.inspect import find_faults
 from distill.cache.reader import open_cache
 from distill.errors import CacheError
-from tests.conftest import folder_bytes, tiny_tree
-from tests.processes import cached, start
+from tests.captures import HELD_OUT_SHARDS, TRAIN_SHARDS, Runs, capture_unbroken
+from tests.processes import cached
 
 pytestmark = pytest.mark.slow
 
 NUM_KILLS = 50
-TRAIN_SHARDS, HELD_OUT_SHARDS = 12, 4
-SMALL = [
-    f"data.train_blocks={TRAIN_SHARDS}",
-    f"data.held_out_blocks={HELD_OUT_SHARDS}",
-    "cache.blocks_per_shard=1",
-    "teacher.head_chunk_tokens=1",
-]
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Starts captures of one experiment in small shards; all write to the same folder."""
-
-    yaml: Path
-    run_folder: Path
-
-    @property
-    def root(self) -> Path:
-        """The caches."""
-        return self.run_folder / "cache"
-
-    def start(self, worker: str = "0/1") -> BaseProcess:
-        """Start a worker and return as soon as it has read its settings."""
-        (self.run_folder / "config.json").unlink(missing_ok=True)
-        command = ["cache", str(self.yaml), f"run_folder={self.run_folder}", *SMALL]
-        process = start([*command, "--worker", worker], self.yaml.with_name("log"))
-        self.wait(process, lambda: (self.run_folder / "config.json").exists())
-        return process
-
-    def wait(self, process: BaseProcess, holds: Callable[[], bool]) -> None:
-        while process.is_alive() and not holds():
-            time.sleep(0.0005)
-
-    def finish(self, process: BaseProcess) -> None:
-        process.join()
-        assert process.exitcode == 0, self.yaml.with_name("log").read_text()
-
-    def num_files(self, pattern: str) -> int:
-        return sum(1 for _ in self.root.glob(pattern))
 
 
 @pytest.fixture
@@ -72,12 +31,7 @@ def runs(tiny_yaml: Path, tmp_path: Path) -> Runs:
 def unbroken(
     tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, corpus: Path
 ) -> dict[str, bytes]:
-    """What a capture that nobody disturbs leaves."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    quiet = Runs(folder / "tiny.yaml", folder / "run")
-    quiet.yaml.write_text(yaml.safe_dump(tiny_tree(quiet.run_folder, tiny_teacher, corpus)))
-    quiet.finish(quiet.start())
-    return dict(folder_bytes(quiet.root))
+    return capture_unbroken(tmp_path_factory.mktemp("unbroken"), tiny_teacher, corpus)
 
 
 def test_fifty_kills_at_random_moments_change_no_byte(
@@ -95,7 +49,7 @@ def test_fifty_kills_at_random_moments_change_no_byte(
             process.join(moments.uniform(0, 0.7 * whole_seconds))
             process.kill()
             process.join()
-            assert process.exitcode in (0, -signal.SIGKILL), runs.yaml.with_name("log").read_text()
+            assert process.exitcode in (0, -signal.SIGKILL), runs.log
             is_complete = process.exitcode == 0
             kills += not is_complete
             if not is_complete:
@@ -171,15 +125,15 @@ def test_worker_that_sleeps_while_packing_leaves_a_cache_that_the_next_start_fin
 
 
 def test_shards_of_a_lost_worker_are_taken_over(runs: Runs, unbroken: dict[str, bytes]) -> None:
-    lost = runs.start("0/2")
+    lost = runs.start("--worker", "0/2")
     runs.wait(lost, lambda: runs.num_files("train/shards/*.json") >= 3)
     lost.kill()
     lost.join()
     assert lost.exitcode == -signal.SIGKILL
-    runs.finish(runs.start("1/2"))
+    runs.finish(runs.start("--worker", "1/2"))
     odd = range(1, TRAIN_SHARDS, 2)
     assert all((runs.root / f"train/shards/{shard:05d}.json").exists() for shard in odd)
     with pytest.raises(CacheError, match=r"is incomplete: (9|1[01]) of 12 shards are there"):
         open_cache(str(runs.root / "train"))
-    runs.finish(runs.start("0/1"))
+    runs.finish(runs.start())
     assert cached(runs.root) == unbroken

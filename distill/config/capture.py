@@ -115,12 +115,12 @@ class CaptureConfig:
     engine: Literal["local", "ray"] = "local"
     """`local`: processes on this machine; `ray`: actors on a Ray cluster."""
     workers: Positive = 1
-    """Teachers at work, each whole; on GPUs each gets the next `gpus_per_worker`."""
-    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
-    """GPUs of each worker; by default 1 where there are GPUs. Fractions only with `ray`."""
+    """Teachers at work, each whole; shards are handed out one at a time."""
+    gpus_per_worker: Annotated[int, Field(ge=0)] | None = None
+    """GPUs that each worker has to itself; by default what its teacher needs, if there are any."""
     cpus_per_worker: Positive | None = None
-    """CPU threads of each worker; by default the machine's cores are shared out."""
+    """CPU threads of each worker; by default `local` shares out the cores and `ray` takes 1."""
     ray_address: str | None = None
-    """Address of the Ray cluster; by default the one at hand, else a local one."""
+    """HOST:PORT of the Ray cluster; by default the one at hand. `local` starts one."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    """How many workers may die before the capture gives up; their shards go to others."""
+    """Workers that may die before the capture gives up; others take up their shards."""

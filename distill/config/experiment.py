@@ -59,6 +59,13 @@ class ExperimentConfig:
     train: TrainConfig = Field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
+    def __post_init__(self) -> None:
+        if getattr(self.teacher, "tensor_parallel", False) and self.capture.workers > 1:
+            raise ValueError(
+                "teacher.tensor_parallel and capture.workers exclude each other: start one capture "
+                "under torchrun for each group of GPUs, with --worker I/N"
+            )
+
     def cache_folder(self, split: str) -> str:
         """Folder or URL of the cache of one split, `train` or `held_out`."""
         root = self.cache.folder or str(self.run_folder / "cache")
