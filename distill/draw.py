@@ -90,6 +90,7 @@ def _draw_rows(logits_RV: Tensor, uniforms_R: Tensor, config: TargetsConfig) -> 
         raise NonFiniteRowError(row)
     entropy_R = entropy_R.clamp(min=0)
     if isinstance(config, TopKConfig):
+        mass_RV[:, vocab_size:] = -1  # never chosen, not even where probabilities are 0
         return _draw_top_k(mass_RGJ, largest_RG, entropy_R, config)
     if isinstance(config, SampledConfig):
         return _draw_sampled(mass_RGJ, entropy_R, uniforms_R, config)
@@ -105,6 +106,8 @@ def _total(values_RGJ: Tensor) -> Tensor:
 def _draw_top_k(
     mass_RGJ: Tensor, largest_RG: Tensor, entropy_R: Tensor, config: TopKConfig
 ) -> SparseTargets:
+    top_RK, ids_RK = _top_k(mass_RGJ, largest_RG, config.k)
+    mass_RGJ.clamp_(min=0)
     num_rows, total_R = len(mass_RGJ), _total(mass_RGJ)
     normalisers_RJ = None
     if config.also_temperatures:
@@ -113,7 +116,6 @@ def _draw_top_k(
             power = config.temperature / temperature
             sums.append(_total(mass_RGJ**power).log() - power * total_R.log())
         normalisers_RJ = torch.stack(sums, dim=1)
-    top_RK, ids_RK = _top_k(mass_RGJ, largest_RG, config.k)
     # Sum the rest itself: 1 - sum(top-k) cancels once the top-k hold nearly all mass.
     mass_RGJ.flatten(1).scatter_(-1, ids_RK, 0)
     counts_R = torch.full((num_rows,), config.k, dtype=torch.int64, device=mass_RGJ.device)

@@ -65,3 +65,15 @@ def test_row_that_is_not_finite_is_counted_over_all_pieces(logits_RV: Tensor) ->
     with pytest.raises(NonFiniteRowError) as error:
         draw(broken_RV, row_uniforms(0, 0, NUM_ROWS), ThresholdConfig())
     assert error.value.row == NUM_ROWS - 2
+
+
+@pytest.mark.parametrize("vocab_size", [3, 65, 130])
+def test_ids_that_are_not_there_are_never_chosen(vocab_size: int) -> None:
+    logits_RV = torch.full([2, vocab_size], -1e4)  # all but one have probability 0 in float32
+    logits_RV[:, 1] = 0
+    for k in (1, 2, vocab_size - 1):
+        config = TopKConfig(kind="top_k", k=k)
+        targets = draw(logits_RV, row_uniforms(0, 0, 2), config)
+        assert targets.ids_N.max() < vocab_size
+        assert targets.ids_N[0] == 1
+        assert targets.tail_mass_R.tolist() == [0, 0]
