@@ -28,6 +28,7 @@ _HOMES = {
     "CacheConfig": "distill.config",
     "CacheError": "distill.errors",
     "CaptureConfig": "distill.config",
+    "CardConfig": "distill.config",
     "CheckpointError": "distill.errors",
     "ConfigError": "distill.errors",
     "DataConfig": "distill.config",

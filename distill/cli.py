@@ -104,10 +104,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _run(config: "ExperimentConfig", options: argparse.Namespace) -> None:
+    from distill.licences import require_licence
+
     if config.evaluation.tasks:
         from distill.evaluate.tasks import check_tasks
 
         check_tasks(config.evaluation)  # a misspelt task must not cost a training first
+    require_licence(config)
     _capture(config, 0, 1)
     _train_student(config, resume=options.resume)
     _evaluate(config)
@@ -166,23 +169,21 @@ def _capture(config: "ExperimentConfig", worker: int, num_workers: int) -> None:
 
 
 def _train_student(config: "ExperimentConfig", *, resume: bool) -> None:
-    from distill.export import read_provenance, save_student
     from distill.fit import is_finished
     from distill.train import train
-    from students import build_student
+    from students import build_student, save_initial
 
     if is_finished(config):
         print(f"train: finished in {config.run_folder / 'student' / 'final'}, skipped")
         return
     student, tokenizer = build_student(config)
-    initial = config.run_folder / "student" / "initial"
-    made_with = {"student": to_tree(config)["student"], "seed": config.seed}
-    if int(os.environ.get("RANK", "0")) == 0 and read_provenance(initial) != made_with:
-        save_student(initial, student, tokenizer, made_with)
+    if int(os.environ.get("RANK", "0")) == 0:
+        save_initial(config, student, tokenizer)
     print(f"train: finished in {train(config, student, tokenizer, resume=resume)}")
 
 
 def _evaluate(config: "ExperimentConfig") -> None:
+    from distill.evaluate.cards import update_cards
     from distill.evaluate.compare import evaluate
     from distill.evaluate.leaderboard import compare, print_table, write
 
@@ -190,6 +191,7 @@ def _evaluate(config: "ExperimentConfig") -> None:
     results = compare([config.run_folder])
     print_table(results)
     write(results, config.run_folder)
+    update_cards(config.run_folder, results)
 
 
 def _with_config(

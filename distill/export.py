@@ -15,9 +15,20 @@ PROVENANCE = "distill.json"
 
 
 def save_student(
-    folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase, provenance: Mapping[str, Any]
+    folder: Path,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    provenance: Mapping[str, Any],
+    files: Mapping[str, bytes],
 ) -> None:
     """Publish a student so that `AutoModelForCausalLM.from_pretrained(folder)` opens it.
+
+    Args:
+        folder: Where to.
+        model: A causal language model of transformers.
+        tokenizer: Its tokenizer.
+        provenance: What it was made with, kept as distill.json.
+        files: Further files by name: those of `distill.model_card.student_files`.
 
     Raises:
         StorageError: no space; an older folder is untouched.
@@ -26,6 +37,8 @@ def save_student(
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_json_atomically(temporary / PROVENANCE, dict(provenance))
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
 
 
 def read_provenance(folder: Path) -> dict[str, Any] | None:

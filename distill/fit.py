@@ -11,6 +11,7 @@ from distill.checkpoint import require_identity
 from distill.config import ExperimentConfig, TrainConfig, to_tree
 from distill.errors import CacheError, ConfigError, MismatchError, explain_difference
 from distill.export import read_provenance
+from distill.licences import require_licence
 
 
 def require_fit(
@@ -23,7 +24,9 @@ def require_fit(
 
     Raises:
         MismatchError: both sides are shown.
+        ConfigError: the student could not be saved as its teacher's licence demands.
     """
+    require_licence(config)
     manifest, settings = cache.manifest, to_tree(config)
     keys = ("model", "dtype", "licence")
     found = {

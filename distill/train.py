@@ -29,6 +29,7 @@ from distill.fit import count_steps, require_fit, training_identity
 from distill.head import DistillationModel
 from distill.losses import LossWeights
 from distill.metrics import MetricsLog
+from distill.model_card import student_files
 from distill.progress import ProgressBar
 
 
@@ -55,6 +56,7 @@ def train(
         MismatchError: cache, config, tokenizer or student do not belong together.
         CheckpointError: an interrupted training is in the way and `resume` is false.
         StorageError: no space; older checkpoints stay.
+        ConfigError: the licence of the teacher is not met, found before anything is trained.
     """
     settings = config.train
     accelerator = _accelerator(config)
@@ -156,7 +158,9 @@ def train(
     final = config.run_folder / "student" / "final"
     if accelerator.is_main_process:
         student = accelerator.unwrap_model(model).student.to(getattr(torch, settings.save_dtype))
-        save_student(final, student, tokenizer, {"training": identity, "config": to_tree(config)})
+        card = student_files(config, cache.manifest, student, is_trained=True)
+        provenance = {"training": identity, "config": to_tree(config)}
+        save_student(final, student, tokenizer, provenance, card)
     accelerator.wait_for_everyone()
     return final
 

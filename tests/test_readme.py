@@ -1,7 +1,9 @@
 """Numbers in the README are those of the committed results."""
 
 import json
+import math
 
+from scripts import bench_students
 from scripts.keep_demo_results import KEPT, ROOT, with_results
 
 
@@ -23,3 +25,25 @@ def test_results_name_command_machine_and_versions() -> None:
     assert machine["command"] == "make demo"
     assert {"cpu", "cores", "python"} <= machine.keys()
     assert "torch" in json.loads((KEPT / "results.json").read_text())["versions"]
+
+
+def test_students_document_shows_the_committed_cuts() -> None:
+    result = json.loads((ROOT / "results" / "students.json").read_text())
+    document = (ROOT / "docs" / "students.md").read_text()
+    assert f"a test compares them -->\n{bench_students.table(result)}<!-- end" in document
+    assert result["cuts"].keys() == bench_students.CUTS.keys()
+    for title, cut in bench_students.CUTS.items():
+        assert result["cuts"][title]["settings"] == list(cut)
+    assert {"command", "seed", "machine"} <= result.keys()
+
+
+def test_committed_cuts_support_what_the_document_advises() -> None:
+    cuts = json.loads((ROOT / "results" / "students.json").read_text())["cuts"]
+    ce = {title: found["ce_nats"]["value"] for title, found in cuts.items()}
+    for share in ("24 of 30", "18 of 30"):
+        assert ce[f"{share} layers, influence"] < ce[f"{share} layers, spaced"]
+    assert ce["24 of 30 layers, influence"] < ce["24 of 30 layers, loss"]
+    for title in ce:
+        if title.endswith("activation"):
+            assert ce[title] < ce[title.replace("activation", "weight")]
+    assert ce["1,024 of 1,536 MLP channels, weight"] > math.log(49_152)

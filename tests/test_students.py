@@ -1,7 +1,6 @@
 """Students: made as the config says, and plain transformers models afterwards."""
 
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,73 +8,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distill.config import ExperimentConfig
-from distill.errors import ConfigError
+from distill.config.students import SCRATCH_SIZES
+from distill.errors import ConfigError, MismatchError
+from distill.estimate.models import open_model, open_student
 from students import BUILDERS, build_student
-from students.pruned import evenly_spaced
+from tests.tiny_models import SCRATCH, copy_with_tokens
 
 ConfigMaker = Callable[..., ExperimentConfig]
-SCRATCH = (
-    "student.kind=scratch",
-    "student.hidden_size=32",
-    "student.intermediate_size=64",
-    "student.num_layers=2",
-    "student.num_heads=4",
-)
 
 
 def test_every_kind_of_the_config_has_a_builder() -> None:
     assert set(BUILDERS) == {"pretrained", "pruned", "scratch"}
-
-
-def test_evenly_spaced_layers_hold_both_ends_and_never_repeat() -> None:
-    for num_layers in range(1, 40):
-        for num_kept in range(1, num_layers + 1):
-            kept = evenly_spaced(num_layers, num_kept)
-            assert len(set(kept)) == num_kept
-            assert kept[0] == 0
-            assert num_kept == 1 or kept[-1] == num_layers - 1
-            gaps = {after - before for before, after in pairwise(kept)}
-            assert not gaps or max(gaps) - min(gaps) <= 1
-
-
-def test_smollm2_keeps_24_of_30_layers_that_are_not_neighbours_of_a_hole() -> None:
-    kept = evenly_spaced(30, 24)
-    assert len(kept) == 24
-    assert max(after - before for before, after in pairwise(kept)) == 2
-
-
-def test_asking_for_more_layers_than_there_are_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"num_layers is 5, but the model has 4"):
-        evenly_spaced(4, 5)
-
-
-def test_pruned_model_computes_with_the_kept_layers_alone(
-    tiny_config: ConfigMaker, tiny_teacher: Path, tmp_path: Path
-) -> None:
-    model, tokenizer = build_student(tiny_config())
-    teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher)
-    ids = torch.arange(12)[None]
-    hidden = teacher.model.embed_tokens(ids)
-    places = torch.arange(12)[None]
-    hidden = teacher.model.layers[0](
-        hidden, position_embeddings=teacher.model.rotary_emb(hidden, places)
-    )
-    wanted = teacher.lm_head(teacher.model.norm(hidden))
-    torch.testing.assert_close(model(ids, use_cache=False).logits, wanted)
-
-    model.save_pretrained(tmp_path / "student")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
-    assert again.config.num_hidden_layers == 1
-    assert torch.equal(again(ids).logits, model(ids).logits)
-    assert len(tokenizer) == 258
-
-
-def test_pruned_model_generates_with_its_cache(tiny_config: ConfigMaker) -> None:
-    model, _ = build_student(tiny_config("student.num_layers=2"))
-    ids = torch.arange(5)[None]
-    made = model.generate(ids, max_new_tokens=4, do_sample=False)
-    slow = model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False)
-    assert torch.equal(made, slow)
 
 
 def test_pretrained_student_is_the_model_itself(
@@ -110,3 +53,61 @@ def test_missing_student_folder_is_named(tiny_config: ConfigMaker, tmp_path: Pat
     missing = tmp_path / "nowhere"
     with pytest.raises(ConfigError, match=rf"student\.model: there is no folder '{missing}'"):
         build_student(tiny_config(f"student.model={missing}"))
+
+
+def test_logits_beyond_the_tokens_are_fine_and_fewer_are_refused_or_resized(
+    tiny_config: ConfigMaker, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    kind = "student.kind=pretrained"
+    enough = copy_with_tokens(tiny_teacher, tmp_path / "a", [f"<|{n}|>" for n in range(7)])
+    resize = "student.resize_embeddings=true"
+    model, _ = build_student(tiny_config(kind, f"student.model={enough}", resize))
+    assert model.lm_head.weight.shape[0] == 265
+    assert model.config.distill == {"kind": "pretrained", "from": str(enough), "revision": None}
+
+    short = copy_with_tokens(tiny_teacher, tmp_path / "b", [f"<|{n}|>" for n in range(8)])
+    settings = (kind, f"student.model={short}")
+    with pytest.raises(MismatchError, match=r"(?s)265 logits.*266 tokens.*resize_embeddings=true"):
+        build_student(tiny_config(*settings))
+    resized, tokenizer = build_student(tiny_config(*settings, resize))
+    assert len(tokenizer) == 266
+    for weight in (resized.lm_head.weight, resized.model.embed_tokens.weight):
+        assert weight.shape == (320, 64)  # the next multiple of 64
+    assert torch.equal(resized.lm_head.weight[:265], model.lm_head.weight)
+    assert resized.config.vocab_size == 320
+    assert resized.config.distill["logits"] == "320, resized from 265"
+    again, _ = build_student(tiny_config(*settings, resize))
+    assert torch.equal(again.lm_head.weight, resized.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("size", "vocab_size", "num_parameters"),
+    [
+        ("135m", 49_152, 134_515_008),
+        ("360m", 49_152, 361_821_120),
+        ("1b", 128_256, 1_235_814_400),
+        ("3b", 128_256, 3_212_749_824),
+        ("8b", 128_256, 8_030_261_248),
+    ],
+)
+def test_named_sizes_have_as_many_parameters_as_the_published_models(
+    tiny_config: ConfigMaker, tiny_teacher: Path, size: str, vocab_size: int, num_parameters: int
+) -> None:
+    teacher = open_model(str(tiny_teacher), "teacher.model", "float32")
+    config = tiny_config("student.kind=scratch", f"student.size={size}")
+    shape = open_student(config, teacher).shape
+    rows = 1 if SCRATCH_SIZES[size].tie_embeddings else 2
+    missing = (vocab_size - shape.vocab_size) * shape.hidden_size * rows
+    assert shape.num_parameters + missing == num_parameters
+
+
+def test_named_size_is_built(tiny_config: ConfigMaker) -> None:
+    model, tokenizer = build_student(
+        tiny_config("student.kind=scratch", "student.size=135m", "student.tie_embeddings=false")
+    )
+    config = model.config
+    assert (config.num_hidden_layers, config.num_key_value_heads, config.head_dim) == (30, 3, 64)
+    assert config.rope_parameters["rope_theta"] == 100_000
+    assert not config.tie_word_embeddings
+    assert config.vocab_size == len(tokenizer)
+    assert config.distill == {"kind": "scratch", "size": "135m", "seed": 0}

@@ -14,14 +14,15 @@ from distill.config.capture import (
     ThresholdConfig,
     TopKConfig,
 )
+from distill.config.card import CardConfig
 from distill.config.experiment import EvaluationConfig, ExperimentConfig
 from distill.config.load import load, parse, to_tree
-from distill.config.student import (
+from distill.config.student import TrainConfig
+from distill.config.students import (
     PretrainedStudentConfig,
     PrunedStudentConfig,
     ScratchStudentConfig,
     StudentConfig,
-    TrainConfig,
 )
 from distill.config.teacher import (
     ResidentTeacherConfig,
@@ -33,6 +34,7 @@ from distill.config.teacher import (
 __all__ = [
     "CacheConfig",
     "CaptureConfig",
+    "CardConfig",
     "DataConfig",
     "EvaluationConfig",
     "ExperimentConfig",

@@ -14,7 +14,9 @@ from distill.config.capture import (
     TargetsConfig,
     ThresholdConfig,
 )
-from distill.config.student import StudentConfig, TrainConfig
+from distill.config.card import CardConfig
+from distill.config.student import TrainConfig
+from distill.config.students import StudentConfig
 from distill.config.teacher import TeacherConfig
 
 
@@ -57,6 +59,7 @@ class ExperimentConfig:
     capture: CaptureConfig = Field(default_factory=CaptureConfig)
     student: StudentConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
+    card: CardConfig = Field(default_factory=CardConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Settings of the student and of its training."""
+"""Settings of the training; students are in students.py."""
 
 from typing import Annotated, Literal
 
@@ -6,53 +6,6 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from distill.config.base import STRICT, Dtype, Fraction, Positive, PositiveFloat
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class PretrainedStudentConfig:
-    """An existing model of the teacher's vocabulary."""
-
-    kind: Literal["pretrained"]
-    model: str
-    """Folder or hub id."""
-    revision: str | None = None
-    """Commit of a hub model."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class PrunedStudentConfig:
-    """A model cut out of a larger one."""
-
-    kind: Literal["pruned"]
-    model: str
-    """Folder or hub id of the model to cut; usually the teacher."""
-    revision: str | None = None
-    """Commit of a hub model."""
-    num_layers: Positive
-    """Decoder layers to keep, evenly spaced, first and last among them."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ScratchStudentConfig:
-    """A Llama with random weights and the teacher's tokenizer."""
-
-    kind: Literal["scratch"]
-    hidden_size: Positive
-    intermediate_size: Positive
-    num_layers: Positive
-    num_heads: Positive
-    num_key_value_heads: Positive | None = None
-    """By default as many as `num_heads`."""
-    tie_embeddings: bool = True
-    """Whether the head shares the embedding's weight."""
-    rope_theta: PositiveFloat = 10000.0
-    max_position_embeddings: Positive = 8192
-
-
-StudentConfig = Annotated[
-    PretrainedStudentConfig | PrunedStudentConfig | ScratchStudentConfig,
-    Field(discriminator="kind"),
-]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

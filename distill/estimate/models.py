@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distill.config import ExperimentConfig, ScratchStudentConfig
+from distill.config import ExperimentConfig, PrunedStudentConfig, ScratchStudentConfig
 from distill.errors import ConfigError
 from distill.estimate.shapes import ModelShape, Weights
 
@@ -99,23 +99,38 @@ def open_student(config: ExperimentConfig, teacher: Model) -> Model:
     student, precision = config.student, config.train.precision
     weights = Weights(parameter_bytes=DTYPE_BYTES[precision])
     if isinstance(student, ScratchStudentConfig):
+        made = student.shape
         shape = ModelShape(
-            num_layers=student.num_layers,
-            hidden_size=student.hidden_size,
-            intermediate_size=student.intermediate_size,
-            num_heads=student.num_heads,
-            num_key_value_heads=student.num_key_value_heads or student.num_heads,
-            head_dim=student.hidden_size // student.num_heads,
+            num_layers=made.num_layers,
+            hidden_size=made.hidden_size,
+            intermediate_size=made.intermediate_size,
+            num_heads=made.num_heads,
+            num_key_value_heads=made.num_key_value_heads,
+            head_dim=made.hidden_size // made.num_heads,
             vocab_size=teacher.shape.vocab_size,
-            tie_embeddings=student.tie_embeddings,
+            tie_embeddings=made.tie_embeddings,
         )
         return Model(name="scratch", shape=shape, weights=weights, source="the config's `student`")
     model = teacher
     if student.model != teacher.name:
         model = open_model(student.model, "student.model", precision, student.revision)
     if student.kind == "pruned":
-        model = replace(model, shape=replace(model.shape, num_layers=student.num_layers))
+        model = replace(model, shape=_cut(model.shape, student))
     return replace(model, weights=weights)
+
+
+def _cut(shape: ModelShape, student: PrunedStudentConfig) -> ModelShape:
+    """Return what is left of `shape`; whether the cut is possible is seen when it is made."""
+    layers = len(student.kept_layers) if student.kept_layers else student.num_layers
+    heads = student.num_heads or shape.num_heads
+    return replace(
+        shape,
+        num_layers=layers or shape.num_layers,
+        hidden_size=student.hidden_size or shape.hidden_size,
+        intermediate_size=student.intermediate_size or shape.intermediate_size,
+        num_heads=heads,
+        num_key_value_heads=heads * shape.num_key_value_heads // shape.num_heads,
+    )
 
 
 def shape_of(config: Any, who: str) -> ModelShape:
