@@ -107,7 +107,7 @@ def _draw_top_k(
     mass_RGJ: Tensor, largest_RG: Tensor, entropy_R: Tensor, config: TopKConfig
 ) -> SparseTargets:
     top_RK, ids_RK = _top_k(mass_RGJ, largest_RG, config.k)
-    mass_RGJ.clamp_(min=0)
+    mass_RGJ[:, -1].clamp_(min=0)
     num_rows, total_R = len(mass_RGJ), _total(mass_RGJ)
     normalisers_RJ = None
     if config.also_temperatures:
