@@ -7,24 +7,17 @@ A row's result depends on its own logits and number alone, to the last bit: not 
 it, nor on threads.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from distill.config import SampledConfig, TargetsConfig, ThresholdConfig, TopKConfig
 from distill.errors import TeacherError
+from distill.masses import BLOCK, Masses, ids_at, likeliest, make_masses, rows_at_once, top_k
 from distill.targets import SparseTargets, concatenate
 from distill.uniforms import streams
 
-_BLOCK = 64
-"""Vocabulary entries summed at a time; the draws then look into the few blocks that they hit."""
-
-_CACHED_ENTRIES = 1 << 20
-"""Logits that a CPU works on at a time: 4 MB stay in its cache, where a pass costs a third."""
-
-_NEVER = -1e30
-"""Score of vocabulary entries that are not there."""
+_HELD_ENTRIES = 1 << 22
+"""Probabilities that a CPU holds for its draws: 16 MB, which its allocator gives out again."""
 
 _NOTHING = 2.0**-100
 """A tail of less mass is none: float32 could not carry it through a cache."""
@@ -55,105 +48,61 @@ def draw(logits_RV: Tensor, uniforms_R: Tensor, config: TargetsConfig) -> Sparse
         raise TeacherError(
             f"targets.k is {config.k}, but the teacher has {vocab_size} tokens: k must be smaller"
         )
-    at_once = max(1, num_rows)
-    if logits_RV.device.type == "cpu":
-        at_once = max(1, _CACHED_ENTRIES // vocab_size)
     parts = []
+    at_once = rows_at_once(logits_RV, _HELD_ENTRIES)
     for first in range(0, max(1, num_rows), at_once):
         rows = slice(first, first + at_once)
-        try:
-            parts.append(_draw_rows(logits_RV[rows], uniforms_R[rows], config))
-        except NonFiniteRowError as error:
-            raise NonFiniteRowError(first + error.row) from None
+        masses = make_masses(logits_RV[rows], config.temperature)
+        if not bool(torch.isfinite(masses.entropy_R).all()):
+            row = int((~torch.isfinite(masses.entropy_R)).nonzero()[0, 0])
+            raise NonFiniteRowError(first + row)
+        if isinstance(config, TopKConfig):
+            parts.append(_draw_top_k(masses, config))
+        elif isinstance(config, SampledConfig):
+            parts.append(_draw_sampled(masses, uniforms_R[rows], config))
+        else:
+            uniforms_here_R = uniforms_R[rows].to(logits_RV.device)
+            parts.append(_draw_threshold(masses, uniforms_here_R, config))
     return concatenate(parts)
 
 
-def _draw_rows(logits_RV: Tensor, uniforms_R: Tensor, config: TargetsConfig) -> SparseTargets:
-    num_rows, vocab_size = logits_RV.shape
-    # Blocks of 64, the last filled up with what has no probability: what follows looks at blocks,
-    # then into a few. Finite, because 0 * inf is not 0.
-    padded = math.ceil(vocab_size / _BLOCK) * _BLOCK
-    scores_RV = logits_RV.new_empty((num_rows, padded), dtype=torch.float32)
-    scores_RV[:, :vocab_size] = logits_RV
-    scores_RV[:, vocab_size:] = _NEVER
-    if config.temperature != 1:
-        scores_RV /= config.temperature
-    scores_RV -= scores_RV.amax(-1, keepdim=True)
-    mass_RV = scores_RV.softmax(-1)
-    mass_RGJ = mass_RV.view(num_rows, -1, _BLOCK)
-    total_R, largest_RG = _total(mass_RGJ), mass_RGJ.amax(-1)
-    # scores are log-probabilities but for a constant, which is that of the likeliest id (score 0).
-    mean_R = _total(scores_RV.mul_(mass_RV).view(num_rows, -1, _BLOCK)) / total_R
-    entropy_R = -(largest_RG.amax(-1) / total_R).log() - mean_R
-    if not bool(torch.isfinite(entropy_R).all()):
-        row = int((~torch.isfinite(entropy_R)).nonzero()[0, 0])
-        raise NonFiniteRowError(row)
-    entropy_R = entropy_R.clamp(min=0)
-    if isinstance(config, TopKConfig):
-        mass_RV[:, vocab_size:] = -1  # never chosen, not even where probabilities are 0
-        return _draw_top_k(mass_RGJ, largest_RG, entropy_R, config)
-    if isinstance(config, SampledConfig):
-        return _draw_sampled(mass_RGJ, entropy_R, uniforms_R, config)
-    uniforms_R = uniforms_R.to(total_R.device)
-    return _draw_threshold(mass_RGJ, largest_RG, entropy_R, uniforms_R, config)
-
-
-def _total(values_RGJ: Tensor) -> Tensor:
-    """Sum rows in blocks: one sum over a long row is cut differently for one row and for many."""
-    return values_RGJ.sum(-1).sum(-1)
-
-
-def _draw_top_k(
-    mass_RGJ: Tensor, largest_RG: Tensor, entropy_R: Tensor, config: TopKConfig
-) -> SparseTargets:
-    top_RK, ids_RK = _top_k(mass_RGJ, largest_RG, config.k)
-    mass_RGJ[:, -1].clamp_(min=0)
-    num_rows, total_R = len(mass_RGJ), _total(mass_RGJ)
+def _draw_top_k(masses: Masses, config: TopKConfig) -> SparseTargets:
+    num_rows, total_R = len(masses.entropy_R), masses.total_R
     normalisers_RJ = None
     if config.also_temperatures:
         sums = []
         for temperature in config.also_temperatures:
             power = config.temperature / temperature
-            sums.append(_total(mass_RGJ**power).log() - power * total_R.log())
+            powers_R = (masses.inside_RGJ**power).sum(-1).sum(-1)
+            sums.append(powers_R.log() - power * total_R.log())
         normalisers_RJ = torch.stack(sums, dim=1)
-    # Sum the rest itself: 1 - sum(top-k) cancels once the top-k hold nearly all mass.
-    mass_RGJ.flatten(1).scatter_(-1, ids_RK, 0)
-    counts_R = torch.full((num_rows,), config.k, dtype=torch.int64, device=mass_RGJ.device)
+    top_RK, ids_RK = top_k(masses, config.k)
+    # The rest is summed itself: 1 - sum(top-k) cancels once the top-k hold nearly all mass.
+    rows_N = torch.arange(num_rows, device=ids_RK.device).repeat_interleave(config.k)
+    masses.take_out(rows_N, ids_RK.flatten())
+    counts_R = torch.full((num_rows,), config.k, dtype=torch.int64, device=ids_RK.device)
     return SparseTargets(
         ids_N=ids_RK.reshape(-1),
         weights_N=(top_RK / total_R[:, None]).reshape(-1),
         counts_R=counts_R,
         num_head_R=counts_R.clone(),
-        tail_mass_R=_total(mass_RGJ) / total_R,
-        entropy_R=entropy_R,
+        tail_mass_R=masses.total_R / total_R,
+        entropy_R=masses.entropy_R,
         log_normalisers_RJ=normalisers_RJ,
         temperature=config.temperature,
         has_bucket=True,
     )
 
 
-def _top_k(mass_RGJ: Tensor, largest_RG: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values and their ids: they lie in the k blocks of the largest maxima."""
-    if k >= mass_RGJ.shape[1]:
-        return mass_RGJ.flatten(1).topk(k, dim=-1)
-    blocks_RK = largest_RG.topk(k, dim=-1, sorted=False).indices
-    inside_RKJ = torch.gather(mass_RGJ, 1, blocks_RK[:, :, None].expand(-1, -1, _BLOCK))
-    top_RK, places_RK = inside_RKJ.flatten(1).topk(k, dim=-1)
-    ids_RK = torch.gather(blocks_RK, 1, places_RK // _BLOCK) * _BLOCK + places_RK % _BLOCK
-    return top_RK, ids_RK
-
-
-def _draw_sampled(
-    mass_RGJ: Tensor, entropy_R: Tensor, uniforms_R: Tensor, config: SampledConfig
-) -> SparseTargets:
+def _draw_sampled(masses: Masses, uniforms_R: Tensor, config: SampledConfig) -> SparseTargets:
     """Draw ids with replacement; an id drawn c times weighs c / draws, which is unbiased.
 
     Method source: Anshumann et al. 2025, arXiv:2503.16870 (RS-KD, with its proposal at tau = 1).
     """
-    device, num_rows = mass_RGJ.device, len(mass_RGJ)
-    cumulative_RG = mass_RGJ.sum(-1).cumsum(-1, dtype=torch.float64)
+    device, num_rows = masses.sums_RG.device, len(masses.sums_RG)
+    cumulative_RG = masses.sums_RG.cumsum(-1, dtype=torch.float64)
     uniforms_RM = streams(uniforms_R, config.draws).to(device).sort(dim=-1).values
-    ids_RM = _ids_at(uniforms_RM * cumulative_RG[:, -1:], cumulative_RG, mass_RGJ)
+    ids_RM = ids_at(uniforms_RM * cumulative_RG[:, -1:], cumulative_RG, masses.inside_RGJ)
     is_new_RM = torch.ones_like(ids_RM, dtype=torch.bool)
     is_new_RM[:, 1:] = ids_RM[:, 1:] != ids_RM[:, :-1]
     places = is_new_RM.flatten().nonzero()[:, 0]
@@ -161,7 +110,7 @@ def _draw_sampled(
     rows_N, ids_N = places // config.draws, ids_RM.flatten()[places]
 
     # The likeliest id stands first in its row, drawn or not: students are compared with it.
-    top_R = mass_RGJ.flatten(1).argmax(-1)
+    top_R = likeliest(masses)
     is_top_N = ids_N == top_R[rows_N]
     top_drawn_R = drawn_N.new_zeros(num_rows).index_add(0, rows_N[is_top_N], drawn_N[is_top_N])
     rows = torch.cat([torch.arange(num_rows, device=device), rows_N[~is_top_N]])
@@ -172,19 +121,13 @@ def _draw_sampled(
         weights_N=drawn.float() / config.draws,
         counts_R=torch.bincount(rows, minlength=num_rows),
         num_head_R=torch.ones_like(top_R),
-        tail_mass_R=torch.zeros_like(entropy_R),
-        entropy_R=entropy_R,
+        tail_mass_R=torch.zeros_like(masses.entropy_R),
+        entropy_R=masses.entropy_R,
         temperature=config.temperature,
     )
 
 
-def _draw_threshold(
-    mass_RGJ: Tensor,
-    largest_RG: Tensor,
-    entropy_R: Tensor,
-    uniforms_R: Tensor,
-    config: ThresholdConfig,
-) -> SparseTargets:
+def _draw_threshold(masses: Masses, uniforms_R: Tensor, config: ThresholdConfig) -> SparseTargets:
     """Keep every id with probability >= tau, and draw the rest without replacement, unbiased.
 
     With r the tail mass and m = ceil(r / tau), m tail ids are drawn with inclusion probability
@@ -196,21 +139,19 @@ def _draw_threshold(
     Method source: Cohen et al. 2008, arXiv:0803.0473 (VarOpt); for KL, Barnes et al. 2024,
     arXiv:2402.14925.
     """
-    total_R = _total(mass_RGJ)
-    head = _choose_head(mass_RGJ, largest_RG, total_R, config.tau)
-    ids_RC, weights_RC, num_head_R, num_tail_R = head
+    total_R = masses.total_R
+    ids_RC, weights_RC, num_head_R, num_tail_R = _choose_head(masses, config.tau)
     is_head_RC = torch.arange(ids_RC.shape[1], device=ids_RC.device) < num_head_R[:, None]
-    rows = is_head_RC.nonzero()[:, 0]
-    mass_RGJ.flatten(1)[rows, ids_RC[is_head_RC]] = 0
+    masses.take_out(is_head_RC.nonzero()[:, 0], ids_RC[is_head_RC])
 
-    cumulative_RG = mass_RGJ.sum(-1).cumsum(-1, dtype=torch.float64)
+    cumulative_RG = masses.sums_RG.cumsum(-1, dtype=torch.float64)
     tail_R = cumulative_RG[:, -1] / total_R
     num_tail_R = num_tail_R.clamp(min=1).where(tail_R > _NOTHING, 0)
     draws = torch.arange(int(num_tail_R.max()), device=total_R.device)
     places_RM = (uniforms_R[:, None] + draws) / num_tail_R.clamp(min=1)[:, None]
     # Rounding may put the last place on the very end, where no id is.
     places_RM = places_RM.clamp(max=1 - 2**-52) * cumulative_RG[:, -1:]
-    tail_ids_RM = _ids_at(places_RM, cumulative_RG, mass_RGJ)
+    tail_ids_RM = ids_at(places_RM, cumulative_RG, masses.inside_RGJ)
     is_tail_RM = draws < num_tail_R[:, None]
     share_R = (tail_R / num_tail_R.clamp(min=1)).float()
 
@@ -223,45 +164,27 @@ def _draw_threshold(
         counts_R=num_head_R + num_tail_R,
         num_head_R=num_head_R,
         tail_mass_R=tail_R.where(num_tail_R > 0, 0).float(),
-        entropy_R=entropy_R,
+        entropy_R=masses.entropy_R,
         temperature=config.temperature,
     )
 
 
-def _ids_at(places_RM: Tensor, cumulative_RG: Tensor, mass_RGJ: Tensor) -> Tensor:
-    """Return the id in which each place of the cumulative mass falls: first block, then id."""
-    blocks_RM = torch.searchsorted(cumulative_RG, places_RM, right=True)
-    blocks_RM = blocks_RM.clamp(max=cumulative_RG.shape[1] - 1)  # rows without a tail
-    inside_RMJ = torch.gather(mass_RGJ, 1, blocks_RM[:, :, None].expand(-1, -1, _BLOCK)).cumsum(
-        -1, dtype=torch.float64
-    )
-    begin_RM = torch.where(blocks_RM > 0, cumulative_RG.gather(1, (blocks_RM - 1).clamp(min=0)), 0)
-    width_RM = cumulative_RG.gather(1, blocks_RM) - begin_RM
-    # As a share of the block: its float32 sum and its float64 cumulative sum differ by rounding.
-    share_RM = ((places_RM - begin_RM) / width_RM.clamp(min=1e-300)).clamp(0, 1 - 2**-52)
-    within_RM = torch.searchsorted(
-        inside_RMJ, (share_RM * inside_RMJ[:, :, -1])[:, :, None], right=True
-    )[:, :, 0]
-    return blocks_RM * _BLOCK + within_RM
-
-
-def _choose_head(
-    mass_RGJ: Tensor, largest_RG: Tensor, total_R: Tensor, tau: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _choose_head(masses: Masses, tau: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Candidate ids and probabilities by falling probability [R, C]; sizes of head and tail [R].
 
     Only ids with t >= tau / 2 (and the likeliest) can be: for m >= 2, r > (m - 1) tau and so
     r / m >= tau / 2; for m = 1 no t_j exceeds r.
     """
-    floor_R = (total_R * (tau / 2)).minimum(largest_RG.amax(-1))
-    rows, blocks = (largest_RG >= floor_R[:, None]).nonzero(as_tuple=True)
-    found, within = (mass_RGJ[rows, blocks] >= floor_R[rows, None]).nonzero(as_tuple=True)
-    rows, ids = rows[found], blocks[found] * _BLOCK + within
+    inside_RGJ, total_R = masses.inside_RGJ, masses.total_R
+    floor_R = (total_R * (tau / 2)).minimum(masses.largest_RG.amax(-1))
+    rows, blocks = (masses.largest_RG >= floor_R[:, None]).nonzero(as_tuple=True)
+    found, within = (inside_RGJ[rows, blocks] >= floor_R[rows, None]).nonzero(as_tuple=True)
+    rows, ids = rows[found], blocks[found] * BLOCK + within
     counts_R = torch.bincount(rows, minlength=len(total_R))
     place = torch.arange(len(rows), device=rows.device) - (counts_R.cumsum(0) - counts_R)[rows]
     weights_RC = total_R.new_zeros(len(total_R), int(counts_R.max()), dtype=torch.float64)
     ids_RC = ids.new_zeros(weights_RC.shape)
-    weights_RC[rows, place] = mass_RGJ.flatten(1)[rows, ids].double() / total_R[rows]
+    weights_RC[rows, place] = inside_RGJ.flatten(1)[rows, ids].double() / total_R[rows]
     ids_RC[rows, place] = ids
     weights_RC, order_RC = weights_RC.sort(dim=-1, descending=True, stable=True)
     ids_RC = ids_RC.gather(1, order_RC)

@@ -12,6 +12,7 @@ from distill.config import ExperimentConfig, TrainConfig, to_tree
 from distill.errors import CacheError, ConfigError, MismatchError, explain_difference
 from distill.export import read_provenance
 from distill.licences import require_licence
+from distill.losses import require_linear_or_exact
 
 
 def require_fit(
@@ -50,6 +51,9 @@ def require_fit(
             )
             + "\n  Give the settings of the cache, or capture another: distill cache CONFIG"
         )
+    require_linear_or_exact(
+        config.train.divergence, is_exact=manifest.has_bucket, where=f"the cache {cache.url}"
+    )
     wanted_temperature = config.train.temperature
     if wanted_temperature not in (None, manifest.temperature, *manifest.also_temperatures):
         raise MismatchError(

@@ -8,8 +8,9 @@ log-probabilities gives g_i = dL / d log q_i, and the gradient of the logits fol
     dL/dx_v = -p_v G + g_v [v kept]                          without a tail bucket
     dL/dx_v = -p_v G + g_v [v kept] + g_tail p_v / q_tail [v not kept]   with one
 
-where G is the sum of all g of the row (label and tail included). The gradients of hidden states and
-weight are made in the same pass, so the backward pass only scales them.
+where G is the sum of all g of the row (label and tail included). It takes the place of the logits,
+and the gradients of hidden states and weight are made of it in the same pass: three matrix products
+a chunk, as plain cross-entropy needs, and the backward pass only scales.
 """
 
 from dataclasses import dataclass
@@ -18,10 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.errors import MismatchError
-from distill.losses import LossRows, LossWeights, forward_kl
-from distill.models import refuse_logit_transforms
+from distill.losses import LossRows, LossWeights, divergence, forward_kl
 from distill.targets import SparseTargets
+
+_CHUNK_BYTES = 1 << 27
+"""Of the logits of a chunk."""
+
+_CACHED_ENTRIES = 1 << 20
+"""Logits that a CPU turns into gradients at a time: 4 MB stay in its cache."""
+
+_SLICE_ENTRIES = 1 << 21
+"""Entries of the weight's gradient that are computed at a time, in the dtype of the product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +43,8 @@ class HeadTargets:
     weights: LossWeights
     vocab_size: int
     """True number of tokens; logits of padding beyond it are left out, as at capture."""
-    chunk_rows: int = 512
-    """Rows whose logits exist at a time."""
+    chunk_rows: int | None = None
+    """Rows whose logits exist at a time; None: as many as 128 MiB hold."""
 
 
 class DistillationHead(nn.Linear):
@@ -63,65 +71,23 @@ class DistillationHead(nn.Linear):
         if not torch.is_grad_enabled():
             parts = _Chunks(hidden_RD, self.weight, self.bias, needs=(False, False, False))
             rows = parts.run(targets)
-            return targets.weights.total(rows), rows
+            return rows.loss_R.sum(), rows
         fused: Any = _FusedLoss
-        total, kl_R, ce_R, agrees_R = fused.apply(hidden_RD, self.weight, self.bias, targets)
-        return total, LossRows(kl_R, ce_R, agrees_R)
-
-
-class DistillationModel(nn.Module):
-    """A student whose forward takes hidden states straight to the loss.
-
-    The loss is computed inside this root module's forward because FSDP only gathers weights there.
-    """
-
-    def __init__(self, student: Any) -> None:
-        super().__init__()
-        refuse_logit_transforms(student.config, "the student")
-        head = student.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
-            raise MismatchError(
-                f"the student's output layer is {type(head).__name__}, expected nn.Linear.\n"
-                "  Choose a causal language model of transformers with a plain head."
-            )
-        student.set_output_embeddings(DistillationHead.adopt(head))
-        self.student = student
-
-    def forward(
-        self,
-        input_ids_BT: Tensor,
-        position_ids_BT: Tensor,
-        row_mask_BT: Tensor,
-        targets: HeadTargets,
-    ) -> tuple[Tensor, LossRows]:
-        """Return the summed loss over the rows of `row_mask_BT` and each row's parts.
-
-        Args:
-            input_ids_BT: Packed blocks.
-            position_ids_BT: Restart at each document. Together with `use_cache=False` and no
-                attention mask, this keeps attention within documents in transformers 5.
-            row_mask_BT: True where position t predicts a token that counts; the last is False.
-            targets: For those rows, in the order of `row_mask_BT`.
-        """
-        decoder = self.student.get_decoder()
-        hidden_BTD = decoder(
-            input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False
-        ).last_hidden_state
-        head = self.student.get_output_embeddings()
-        loss: tuple[Tensor, LossRows] = head.loss(hidden_BTD[row_mask_BT], targets)
-        return loss
+        total, *rows_of = fused.apply(hidden_RD, self.weight, self.bias, targets)
+        return total, LossRows(*rows_of)
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets: HeadTargets
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         chunks = _Chunks(hidden_RD, weight_VD, bias_V, needs=ctx.needs_input_grad[:3])
         rows = chunks.run(targets)
         ctx.grads = chunks.gradients()
-        ctx.mark_non_differentiable(rows.kl_R, rows.ce_R, rows.agrees_R)
-        return targets.weights.total(rows), rows.kl_R, rows.ce_R, rows.agrees_R
+        parts = (rows.loss_R, rows.kl_R, rows.ce_R, rows.agrees_R)
+        ctx.mark_non_differentiable(*parts)
+        return (rows.loss_R.sum(), *parts)
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -162,22 +128,33 @@ class _Chunks:
         sparse, num_rows = targets.sparse, len(self.hidden_RD)
         starts_R = torch.zeros(num_rows + 1, dtype=torch.int64)
         starts_R[1:] = sparse.counts_R.cumsum(0)
+        row_bytes = len(self.weight_VD) * self.hidden_RD.element_size()
+        chunk_rows = targets.chunk_rows or max(1, _CHUNK_BYTES // row_bytes)
+        piece_rows = chunk_rows
+        if self.hidden_RD.device.type == "cpu":
+            piece_rows = max(1, _CACHED_ENTRIES // len(self.weight_VD))
         parts = []
         with torch.autocast(self.hidden_RD.device.type, enabled=False):
-            for first in range(0, num_rows, targets.chunk_rows):
-                rows = slice(first, min(first + targets.chunk_rows, num_rows))
-                chunk = sparse.slice_rows(rows.start, rows.stop, starts_R)
-                logits_RV = nn.functional.linear(self.hidden_RD[rows], self.weight_VD).float()
-                if self.bias_V is not None:
-                    logits_RV += self.bias_V
-                losses, grad_RV = _chunk_loss(
-                    logits_RV, targets.labels_R[rows], chunk, targets.weights, targets.vocab_size
-                )
-                parts.append(losses)
-                self._add_gradients(rows, grad_RV)
+            for start in range(0, num_rows, chunk_rows):
+                stop = min(start + chunk_rows, num_rows)
+                buffer_RV = nn.functional.linear(self.hidden_RD[start:stop], self.weight_VD)
+                for first in range(start, stop, piece_rows):
+                    last = min(first + piece_rows, stop)
+                    logits_RV = buffer_RV[first - start : last - start].float()
+                    if self.bias_V is not None:
+                        logits_RV += self.bias_V
+                    piece = sparse.slice_rows(first, last, starts_R)
+                    losses, grad_RV = _piece_loss(
+                        logits_RV, targets.labels_R[first:last], piece, targets
+                    )
+                    parts.append(losses)
+                    if self.grad_bias_V is not None:
+                        self.grad_bias_V += grad_RV.sum(0)
+                    buffer_RV[first - start : last - start] = grad_RV
+                self._add_gradients(slice(start, stop), buffer_RV)
         if not parts:
             empty = self.hidden_RD.new_zeros(0, dtype=torch.float32)
-            return LossRows(empty, empty.clone(), empty.bool())
+            return LossRows(empty, empty.clone(), empty.clone(), empty.bool())
         return LossRows(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     def gradients(self) -> tuple[Tensor | None, ...]:
@@ -189,53 +166,67 @@ class _Chunks:
         )
 
     def _add_gradients(self, rows: slice, grad_RV: Tensor) -> None:
-        grad = grad_RV.to(self.hidden_RD.dtype)
         if self.grad_hidden_RD is not None:
-            self.grad_hidden_RD[rows] = grad @ self.weight_VD
+            self.grad_hidden_RD[rows] = grad_RV @ self.weight_VD
         if self.grad_weight_VD is not None:
-            self.grad_weight_VD += grad.T @ self.hidden_RD[rows]
-        if self.grad_bias_V is not None:
-            self.grad_bias_V += grad_RV.sum(0)
+            # Slices of the vocabulary: the product of one, not yet float32, is small.
+            size = max(1, _SLICE_ENTRIES // self.hidden_RD.shape[1])
+            for first in range(0, grad_RV.shape[1], size):
+                ids = slice(first, first + size)
+                self.grad_weight_VD[ids] += grad_RV[:, ids].T @ self.hidden_RD[rows]
 
 
-def _chunk_loss(
-    logits_RV: Tensor,
-    labels_R: Tensor,
+def _piece_loss(
+    logits_RV: Tensor, labels_R: Tensor, sparse: SparseTargets, targets: HeadTargets
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Values as in `LossRows`, and the gradient of their weighted sum in the logits."""
+    weights = targets.weights
+    logits_RV[:, targets.vocab_size :] = -torch.inf
+    kl_weight_R, ce_weight_R = weights.of_rows(sparse, targets.vocab_size)
+    rows_N, temperature = sparse.row_of_entry(), sparse.temperature
+    top_R, likeliest_R = logits_RV.max(-1)
+    agrees_R = likeliest_R == _first_ids(sparse)
+    label_R, entries_N = (
+        logits_RV.gather(1, labels_R[:, None])[:, 0],
+        logits_RV[rows_N, sparse.ids_N],
+    )
+    probs_RV, logz_R = _softmax(logits_RV, top_R, likeliest_R)
+    ce_R = logz_R - label_R
+    if temperature == 1:
+        logq_N = entries_N - logz_R[rows_N]
+        grad_RV = probs_RV
+        costs = _add_divergence(
+            grad_RV, logq_N, rows_N, sparse, weights, (kl_weight_R, ce_weight_R)
+        )
+    else:
+        grad_RV, warm_R = _softmax(logits_RV.div_(temperature), top_R / temperature, likeliest_R)
+        logq_N = entries_N / temperature - warm_R[rows_N]
+        none_R = torch.zeros_like(ce_weight_R)
+        costs = _add_divergence(grad_RV, logq_N, rows_N, sparse, weights, (kl_weight_R, none_R))
+        grad_RV.mul_(1 / temperature).addcmul_(probs_RV, ce_weight_R[:, None])
+    grad_RV.scatter_add_(1, labels_R[:, None], -ce_weight_R[:, None])
+    divergence_R, kl_R = costs
+    loss_R = kl_weight_R * divergence_R + ce_weight_R * ce_R
+    return (loss_R, kl_R, ce_R, agrees_R), grad_RV
+
+
+def _softmax(logits_RV: Tensor, top_R: Tensor, likeliest_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax, and log-sum-exp by way of the likeliest token: one pass in place of two."""
+    probs_RV = logits_RV.softmax(-1)
+    return probs_RV, top_R - probs_RV.gather(1, likeliest_R[:, None])[:, 0].log()
+
+
+def _add_divergence(
+    probs_RV: Tensor,
+    logq_N: Tensor,
+    rows_N: Tensor,
     sparse: SparseTargets,
     weights: LossWeights,
-    vocab_size: int,
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Values (kl_R, ce_R, agrees_R), and the gradient of the weighted sum in the logits."""
-    logits_RV[:, vocab_size:] = -torch.inf
-    rows_N = sparse.row_of_entry()
-    likeliest_R = logits_RV.argmax(-1)
-    agrees_R = likeliest_R == _first_ids(sparse)
-    if sparse.temperature == 1:
-        logz_R = logits_RV.logsumexp(-1)
-        ce_R = logz_R - logits_RV.gather(1, labels_R[:, None])[:, 0]
-        probs_RV, kl_R = _kl_gradient(logits_RV, logz_R, rows_N, sparse, weights)
-    else:
-        logz_R = logits_RV.logsumexp(-1)
-        ce_R = logz_R - logits_RV.gather(1, labels_R[:, None])[:, 0]
-        warm_RV = logits_RV / sparse.temperature
-        kl_grad_RV, kl_R = _kl_gradient(
-            warm_RV, warm_RV.logsumexp(-1), rows_N, sparse, LossWeights(weights.kl, 0)
-        )
-        probs_RV = logits_RV.sub_(logz_R[:, None]).exp_().mul_(weights.ce)
-        probs_RV.add_(kl_grad_RV, alpha=1 / sparse.temperature)
-    label_grad = torch.full_like(ce_R, -weights.ce)
-    probs_RV.scatter_add_(1, labels_R[:, None], label_grad[:, None])
-    return (kl_R, ce_R, agrees_R), probs_RV
-
-
-def _kl_gradient(
-    logits_RV: Tensor, logz_R: Tensor, rows_N: Tensor, sparse: SparseTargets, weights: LossWeights
+    row_weights: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of kl * KL + ce * logz in the logits (which it overwrites), and KL [R]."""
-    ids_N = sparse.ids_N
-    logq_N = logits_RV[rows_N, ids_N] - logz_R[rows_N]
-    probs_RV = logits_RV.sub_(logz_R[:, None]).exp_()
-    probs_N = logq_N.exp()
+    """Turn probabilities into the gradient of kl * D + ce * logz; return D and forward KL, [R]."""
+    kl_weight_R, ce_weight_R = row_weights
+    ids_N, probs_N = sparse.ids_N, logq_N.exp()
     logq_tail_R = q_tail_R = None
     if sparse.has_bucket:
         probs_RV[rows_N, ids_N] = 0
@@ -246,19 +237,22 @@ def _kl_gradient(
         logq_tail_R = q_tail_R.log().requires_grad_()
     with torch.enable_grad():
         logq_N.requires_grad_()
-        kl_R = forward_kl(sparse, rows_N, logq_N, logq_tail_R)
+        divergence_R = divergence(sparse, rows_N, logq_N, logq_tail_R, weights)
         inputs = [logq_N] if logq_tail_R is None else [logq_N, logq_tail_R]
-        grads = torch.autograd.grad(weights.kl * kl_R.sum(), inputs)
-    sum_R = torch.zeros_like(logz_R).index_add_(0, rows_N, grads[0])
+        grads = torch.autograd.grad((kl_weight_R * divergence_R).sum(), inputs)
+    sum_R = torch.zeros_like(ce_weight_R).index_add_(0, rows_N, grads[0])
     if q_tail_R is None:
-        probs_RV.mul_((weights.ce - sum_R)[:, None])
+        probs_RV.mul_((ce_weight_R - sum_R)[:, None])
         probs_RV.index_put_((rows_N, ids_N), grads[0], accumulate=True)
     else:
-        scale_R = weights.ce - sum_R - grads[1]
+        scale_R = ce_weight_R - sum_R - grads[1]
         probs_RV.mul_((scale_R + grads[1] / q_tail_R)[:, None])
         # Set rather than corrected: where q_tail is tiny, the difference would lose all digits.
         probs_RV[rows_N, ids_N] = grads[0] + probs_N * scale_R[rows_N]
-    return probs_RV, kl_R.detach()
+    with torch.no_grad():
+        is_forward = weights.divergence == "forward_kl"
+        kl_R = divergence_R if is_forward else forward_kl(sparse, rows_N, logq_N, logq_tail_R)
+    return divergence_R.detach(), kl_R.detach()
 
 
 def _first_ids(sparse: SparseTargets) -> Tensor:

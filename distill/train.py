@@ -21,16 +21,17 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from distill.cache.joined import JoinedCache, open_joined
 from distill.cache.reader import Batch, open_cache
 from distill.checkpoint import Checkpoints
-from distill.config import ExperimentConfig, to_tree
+from distill.config import ExperimentConfig, TrainConfig, to_tree
+from distill.distillation_model import DistillationModel
 from distill.errors import ConfigError
 from distill.evaluate.fidelity import measure, score
 from distill.export import save_student
 from distill.fit import count_steps, require_fit, training_identity
-from distill.head import DistillationModel
 from distill.losses import LossWeights
 from distill.metrics import MetricsLog
 from distill.model_card import student_files
 from distill.progress import ProgressBar
+from distill.schedules import kl_weight_at
 
 
 def train(
@@ -97,16 +98,15 @@ def train(
         config.run_folder / "metrics.jsonl", first_step, accelerator.is_main_process
     )
     tokens_per_step = settings.blocks_per_step * cache.manifest.block_length
-    weights = LossWeights(settings.kl_weight, settings.ce_weight)
-
     model.train()
     with ProgressBar(
         "train", num_steps * tokens_per_step, done=first_step * tokens_per_step
     ) as bar:
         for step, batches in _steps(cache, config, accelerator, range(first_step, num_steps)):
             started = time.monotonic()
+            weights = _loss_weights(settings, step, num_steps)
             num_rows = accelerator.reduce(_count_rows(batches, accelerator.device), "sum")
-            totals = torch.zeros(3, device=accelerator.device)
+            totals = torch.zeros(4, device=accelerator.device)
             for number, batch in enumerate(batches, start=1):
                 is_last = number == len(batches)
                 with nullcontext() if is_last else accelerator.no_sync(model):
@@ -119,17 +119,19 @@ def train(
                     )
                     # Processes average their gradients; times their number, that is a sum.
                     accelerator.backward(loss * (accelerator.num_processes / num_rows))
-                totals += torch.stack([rows.kl_R.sum(), rows.ce_R.sum(), rows.agrees_R.sum()])
+                totals += rows.sums()
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             learning_rate = schedule.get_last_lr()[0]
             schedule.step()
 
-            kl, ce, agreement = (accelerator.reduce(totals, "sum") / num_rows).tolist()
+            loss_nats, kl, ce, agreement = (accelerator.reduce(totals, "sum") / num_rows).tolist()
             metrics.write(
                 step + 1,
                 {
+                    "train/loss_nats": loss_nats,
+                    "train/kl_weight": weights.kl,
                     "train/kl_nats": kl,
                     "train/ce_nats": ce,
                     "train/agreement": agreement,
@@ -214,6 +216,17 @@ def _steps(
             batches = ahead.result()
             ahead = thread.submit(read, step + 1) if step + 1 in steps else None
             yield step, batches
+
+
+def _loss_weights(settings: TrainConfig, step: int, num_steps: int) -> LossWeights:
+    kl_weight = kl_weight_at(settings, step, num_steps)
+    return LossWeights(
+        kl_weight,
+        settings.ce_weight + settings.kl_weight - kl_weight,
+        settings.divergence,
+        settings.divergence_mix,
+        by_entropy=settings.row_weights == "entropy",
+    )
 
 
 def _count_rows(batches: list[Batch], device: torch.device) -> torch.Tensor:

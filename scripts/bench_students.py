@@ -20,9 +20,9 @@ import torch
 from distill.cache.reader import Cache, open_cache
 from distill.capture import capture
 from distill.config import load
+from distill.distillation_model import DistillationModel
 from distill.evaluate.fidelity import measure
 from distill.files import write_json_atomically
-from distill.head import DistillationModel
 from scripts.keep_demo_results import machine
 from students import build_student
 

@@ -91,6 +91,30 @@ def bucket_kl(row: Row, logits: Floats, temperature: float = 1.0) -> float:
     return math.fsum(p * (math.log(p) - log_student) for p, log_student in outcomes if p > 0)
 
 
+def divergence(kind: str, w: float, row: Row, logits: Floats, temperature: float) -> float:
+    """Any divergence over k + 1 outcomes (or over all, if nothing is outside)."""
+    logq = log_softmax(logits, temperature)
+    rest = [logq[token] for token in range(len(logits)) if token not in row.ids]
+    outcomes = [(t, math.exp(logq[token])) for token, t in zip(row.ids, row.weights, strict=True)]
+    if rest:
+        outcomes.append((row.tail_mass, math.exp(log_sum_exp(rest))))
+
+    def kl(left: float, right: float) -> float:
+        return left * math.log(left / right) if left > 0 else 0.0
+
+    terms: dict[str, Callable[[float, float], float]] = {
+        "forward_kl": kl,
+        "reverse_kl": lambda t, q: kl(q, max(t, 1e-10)),
+        "jensen_shannon": lambda t, q: (
+            w * kl(t, w * t + (1 - w) * q) + (1 - w) * kl(q, w * t + (1 - w) * q)
+        ),
+        "skewed_forward_kl": lambda t, q: kl(t, w * t + (1 - w) * q),
+        "skewed_reverse_kl": lambda t, q: kl(q, w * q + (1 - w) * t),
+        "total_variation": lambda t, q: abs(t - q) / 2,
+    }
+    return math.fsum(terms[kind](t, q) for t, q in outcomes)
+
+
 def sparse_kl(row: Row, logits: Floats, temperature: float = 1.0) -> float:
     """sum_i w_i (-log q_i) - H(t), with the stored entropy."""
     logq = log_softmax(logits, temperature)

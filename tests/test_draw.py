@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from distill.config import SampledConfig, TargetsConfig, ThresholdConfig, TopKConfig
-from distill.draw import _CACHED_ENTRIES, NonFiniteRowError, draw
+from distill.draw import _HELD_ENTRIES, NonFiniteRowError, draw
 from distill.uniforms import row_uniforms
 
 VOCAB_SIZE = 49_153  # not a multiple of 64
-NUM_ROWS = 3 * _CACHED_ENTRIES // VOCAB_SIZE
+NUM_ROWS = 3 * _HELD_ENTRIES // VOCAB_SIZE
 KINDS: list[TargetsConfig] = [
     ThresholdConfig(),
     TopKConfig(kind="top_k", k=64, also_temperatures=(2.0,)),

@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from distill.config import ThresholdConfig, TopKConfig
+from distill.distillation_model import DistillationModel
 from distill.draw import draw
 from distill.errors import MismatchError
-from distill.head import DistillationHead, DistillationModel, HeadTargets
+from distill.head import DistillationHead, HeadTargets
 from distill.losses import LossRows, LossWeights, distillation_loss
 from distill.targets import SparseTargets
 from distill.uniforms import row_uniforms

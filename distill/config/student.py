@@ -16,6 +16,24 @@ class TrainConfig:
     """Weight of KL(teacher || student), nats a row."""
     ce_weight: Annotated[float, Field(ge=0)] = 0.1
     """Weight of the cross-entropy with the true next token, nats a row."""
+    divergence: Literal[
+        "forward_kl",
+        "reverse_kl",
+        "jensen_shannon",
+        "skewed_forward_kl",
+        "skewed_reverse_kl",
+        "total_variation",
+    ] = "forward_kl"
+    """What kl_weight weighs; all but forward_kl need exact targets (top_k)."""
+    divergence_mix: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """beta of jensen_shannon, alpha of the skewed divergences (0.1 is usual there)."""
+    kl_schedule: Literal["constant", "linear", "wsd"] = "constant"
+    """`linear`: kl_weight falls to kl_weight_end over all steps; `wsd`: warms up from it over the
+    first tenth, stays, and returns to it over the last fifth. ce_weight takes up the difference."""
+    kl_weight_end: Annotated[float, Field(ge=0)] = 0.0
+    """Where kl_schedule goes."""
+    row_weights: Literal["constant", "entropy"] = "constant"
+    """`entropy`: share of the KL in a row is H(teacher) / log V; where it is sure, labels teach."""
     temperature: PositiveFloat | None = None
     """Softmax temperature of the KL; by default the cache's, else one of its also_temperatures."""
     learning_rate: PositiveFloat = 1e-4
@@ -42,8 +60,8 @@ class TrainConfig:
     """Weights of the finished student; training itself keeps float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    head_chunk_tokens: Positive = 512
-    """Rows whose logits over the whole vocabulary exist at a time."""
+    head_chunk_tokens: Positive | None = None
+    """Rows whose logits over the whole vocabulary exist at a time; by default what 128 MiB hold."""
     eval_every: Positive | None = None
     """Steps between evaluations on the held-out blocks; by default only at the end."""
     checkpoint_every: Positive | None = None

@@ -11,11 +11,11 @@ import torch
 from distill import fingerprint
 from distill.cache.reader import Cache, open_cache
 from distill.config import ExperimentConfig
+from distill.distillation_model import DistillationModel
 from distill.errors import ConfigError, MismatchError
 from distill.evaluate.fidelity import measure
 from distill.evaluate.harness import check_tasks, run_tasks
 from distill.files import write_json_atomically
-from distill.head import DistillationModel
 from distill.models import load_causal_lm, load_tokenizer, pick_device
 from distill.progress import ProgressBar
 

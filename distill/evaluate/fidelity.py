@@ -61,7 +61,7 @@ def measure(
     blocks = []
     for block_id in range(len(cache)):
         batch = cache.batch([block_id]).to(device)
-        blocks.append(score(model, batch, cache.manifest.vocab_size, LossWeights(1, 0), 512)[1])
+        blocks.append(score(model, batch, cache.manifest.vocab_size, LossWeights(1, 0))[1])
         if on_block is not None:
             on_block(cache.manifest.block_length)
     model.train(was_training)
@@ -74,7 +74,11 @@ def measure(
 
 
 def score(
-    model: torch.nn.Module, batch: Batch, vocab_size: int, weights: LossWeights, chunk_rows: int
+    model: torch.nn.Module,
+    batch: Batch,
+    vocab_size: int,
+    weights: LossWeights,
+    chunk_rows: int | None = None,
 ) -> tuple[Tensor, LossRows]:
     """Run a `DistillationModel` on one batch: summed loss and each row's parts."""
     targets = HeadTargets(batch.labels_R, batch.targets, weights, vocab_size, chunk_rows)

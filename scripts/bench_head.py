@@ -1,0 +1,173 @@
+"""Time and memory of the fused KL + CE step against plain cross-entropy.
+
+    python scripts/bench_head.py [--quick] [--out results/bench_head.json]
+
+One step is: hidden states and weight of the head in, loss and both gradients out, in bfloat16. It
+is compared, at several numbers of tokens and two vocabularies, with
+
+    dense_ce     F.cross_entropy on all logits
+    linear_ce    F.linear_cross_entropy, torch's own chunked one
+    sparse_kl    KL + CE from sparse targets on all logits, by plain autograd (`distillation_loss`)
+
+Targets are of the kind `threshold` at their usual size. The ways alternate; medians count.
+`time_over_best_ce` is ours over the faster of the first two. `memory_over_dense_ce` is the peak of
+memory above the inputs, without the weight's gradient, over that of `dense_ce`; each way runs in a
+process of its own. Both are the worst over all cases. The last line is one JSON object.
+"""
+
+import argparse
+import ctypes
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from distill.config import ThresholdConfig
+from distill.draw import draw
+from distill.files import write_json_atomically
+from distill.head import DistillationHead, HeadTargets
+from distill.losses import LossWeights, distillation_loss
+from distill.targets import SparseTargets, concatenate
+from distill.uniforms import row_uniforms
+from scripts.keep_demo_results import machine
+
+SEED = 0
+WEIGHTS = LossWeights(kl=0.9, ce=0.1)
+CASES = [(49_152, 576, 1024), (49_152, 576, 4096), (128_256, 1024, 1024), (128_256, 1024, 4096)]
+QUICK = [(49_152, 576, 1024), (128_256, 1024, 1024)]
+"""(vocabulary, hidden size, tokens)."""
+
+Inputs = tuple[DistillationHead, Tensor, Tensor, SparseTargets]
+
+
+def main() -> None:
+    """Measure all cases, print, and write the result where asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
+    parser.add_argument("--out", type=Path, help="also write the result there")
+    options = parser.parse_args()
+    cases, rounds = (QUICK, 3) if options.quick else (CASES, 7)
+    found = [measure(*case, rounds) for case in cases]
+    result = {
+        "time_over_best_ce": max(case["time_over_best_ce"] for case in found),
+        "memory_over_dense_ce": max(case["memory_over_dense_ce"] for case in found),
+        "cases": found,
+        "rounds": rounds,
+        "seed": SEED,
+        "machine": machine(),
+    }
+    if options.out:
+        write_json_atomically(options.out, result)
+    print(json.dumps(result))
+
+
+def measure(vocab_size: int, hidden_size: int, num_tokens: int, rounds: int) -> dict[str, Any]:
+    """Ratios of one case."""
+    inputs = make_inputs(vocab_size, hidden_size, num_tokens)
+    times: dict[str, list[float]] = {name: [] for name in WAYS}
+    for _ in range(rounds):
+        for name, way in WAYS.items():
+            started = time.perf_counter()
+            way(inputs)
+            times[name].append(time.perf_counter() - started)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    del inputs
+    context = multiprocessing.get_context("spawn")
+    peaks = {}
+    for name in WAYS:
+        with context.Pool(1) as pool:
+            peaks[name] = pool.apply(peak_bytes, (name, vocab_size, hidden_size, num_tokens))
+    best = min(seconds["dense_ce"], seconds["linear_ce"])
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "tokens": num_tokens,
+        "time_over_best_ce": round(seconds["distill"] / best, 3),
+        "memory_over_dense_ce": round(peaks["distill"] / peaks["dense_ce"], 3),
+        "time_over_distill": {n: round(s / seconds["distill"], 3) for n, s in seconds.items()},
+        "peak_bytes": peaks,
+    }
+
+
+def make_inputs(vocab_size: int, hidden_size: int, num_tokens: int) -> Inputs:
+    """A head, hidden states, labels, and targets of teachers as sure as real ones."""
+    torch.manual_seed(SEED)
+    linear = nn.Linear(hidden_size, vocab_size, bias=False, dtype=torch.bfloat16)
+    hidden_RD = torch.randn(num_tokens, hidden_size, dtype=torch.bfloat16).requires_grad_()
+    parts = []
+    for first in range(0, num_tokens, 256):
+        rows = min(256, num_tokens - first)
+        uniforms_R = row_uniforms(SEED, first, rows)
+        parts.append(draw(4.3 * torch.randn(rows, vocab_size), uniforms_R, ThresholdConfig()))
+    labels_R = torch.randint(0, vocab_size, (num_tokens,))
+    return DistillationHead.adopt(linear), hidden_RD, labels_R, concatenate(parts)
+
+
+def step(inputs: Inputs, loss: Callable[[DistillationHead, Tensor], Tensor]) -> None:
+    """Loss and gradients, which are dropped."""
+    head, hidden_RD = inputs[:2]
+    torch.autograd.grad(loss(head, hidden_RD) / len(hidden_RD), [hidden_RD, head.weight])
+
+
+def by_distill(inputs: Inputs) -> None:
+    """KL + CE by the fused head."""
+    _, _, labels_R, targets = inputs
+    wanted = HeadTargets(labels_R, targets, WEIGHTS, inputs[0].out_features)
+    step(inputs, lambda head, hidden_RD: head.loss(hidden_RD, wanted)[0])
+
+
+def by_dense_ce(inputs: Inputs) -> None:
+    """CE on all logits."""
+    labels_R = inputs[2]
+    step(inputs, lambda head, h_RD: functional.cross_entropy(head(h_RD), labels_R, reduction="sum"))
+
+
+def by_linear_ce(inputs: Inputs) -> None:
+    """CE by torch's chunked function."""
+    labels_R, options = inputs[2], torch.nn.LinearCrossEntropyOptions()
+
+    def loss(head: DistillationHead, hidden_RD: Tensor) -> Tensor:
+        fused: Any = functional.linear_cross_entropy
+        total: Tensor = fused(hidden_RD, head.weight, labels_R, reduction="sum", options=options)
+        return total
+
+    step(inputs, loss)
+
+
+def by_sparse_kl(inputs: Inputs) -> None:
+    """KL + CE on all logits."""
+    _, _, labels_R, targets = inputs
+    step(inputs, lambda head, h_RD: distillation_loss(head(h_RD), labels_R, targets, WEIGHTS))
+
+
+WAYS: dict[str, Callable[[Inputs], None]] = {
+    "distill": by_distill,
+    "dense_ce": by_dense_ce,
+    "linear_ce": by_linear_ce,
+    "sparse_kl": by_sparse_kl,
+}
+
+
+def peak_bytes(name: str, vocab_size: int, hidden_size: int, num_tokens: int) -> int:
+    """Peak of resident memory above the inputs, without the weight's gradient."""
+    inputs = make_inputs(vocab_size, hidden_size, num_tokens)
+    WAYS[name](make_inputs(64, hidden_size, 8))  # libraries keep what they first take
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = psutil.Process().memory_info().rss
+    WAYS[name](inputs)
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024 - before
+    return peak - inputs[0].weight.nbytes
+
+
+if __name__ == "__main__":
+    main()
