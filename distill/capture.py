@@ -81,9 +81,10 @@ def capture(config: ExperimentConfig, *, worker: int = 0, num_workers: int = 1) 
         with _progress(manifests, jobs) as progress:
             run_workers(config, partial(_open_in_worker, config, manifests), jobs, progress)
     elif jobs:
-        fill = _open(config, manifests)
+        teacher = open_teacher(config, manifests["train"].vocab_size)
         with _progress(manifests, jobs) as progress:
-            fill(jobs, progress)
+            _fill(writers, teacher, jobs, progress)
+        teacher.close()
     sealed = [writer.seal() for writer in writers.values()]
     return all(sealed)
 
@@ -158,19 +159,14 @@ def require_same(found: Manifest, wanted: Manifest, folder: str) -> None:
         )
 
 
-def _open(config: ExperimentConfig, manifests: Mapping[str, Manifest]) -> Work:
-    """Load the teacher; return what scores and publishes shards."""
-    writers = {s: ShardWriter(Folder(config.cache_folder(s)), m) for s, m in manifests.items()}
-    return partial(_fill, writers, open_teacher(config, manifests["train"].vocab_size))
-
-
 def _open_in_worker(config: ExperimentConfig, manifests: Mapping[str, Manifest]) -> Work:
-    """Do the same in another process, whose machine may hold another model under the same name."""
+    """Load a worker's teacher, whose machine may hold another model under the same name."""
     disable_progress_bar()
     for split, manifest in manifests.items():
         wanted = dataclasses.replace(manifest, teacher=teacher_identity(config))
         require_same(manifest, wanted, config.cache_folder(split))
-    return _open(config, manifests)
+    writers = {s: ShardWriter(Folder(config.cache_folder(s)), m) for s, m in manifests.items()}
+    return partial(_fill, writers, open_teacher(config, manifests["train"].vocab_size))
 
 
 def _fill(
@@ -200,10 +196,9 @@ def _fill(
     with ThreadPoolExecutor(1) as thread:
         in_flight: deque[Future[None]] = deque()
         targets: list[SparseTargets] = []
-        for target in teacher.score(groups()):
+        for target in teacher.score(groups(), reporter.scored):
             targets.append(target)
             job, blocks = handed[0]
-            reporter.scored(job.num_tokens // len(blocks))
             if len(targets) == len(blocks):
                 if len(in_flight) == _SHARDS_IN_FLIGHT:
                     in_flight.popleft().result()
@@ -212,7 +207,6 @@ def _fill(
                 targets = []
         for future in in_flight:
             future.result()
-    teacher.close()
 
 
 def _progress(manifests: Mapping[str, Manifest], jobs: list[Job]) -> ShardProgress:

@@ -223,3 +223,16 @@ def test_command_line_streams(tiny_yaml: Path, tiny_teacher: Path) -> None:
     settings = ["teacher.kind=streamed", f"teacher.model={tiny_teacher}", "teacher.device=cpu"]
     assert main(["cache", str(tiny_yaml), *settings]) == 0
     assert main(["verify", str(tiny_yaml)]) == 0
+
+
+def test_progress_moves_with_every_part_and_ends_at_all_tokens(tmp_path: Path) -> None:
+    folder, groups = save_model(tmp_path / "model"), packed_groups((3, 1, 2))
+    told: list[int] = []
+    list(streamed(folder).score(groups, told.append))
+    assert sum(told) == 6 * 32
+    num_windows, num_parts = 2, 4 + 2  # embedding, four layers, norm and head
+    assert len(told) == num_windows * num_parts
+    assert min(told) > 0
+    told.clear()
+    list(resident(folder).score(groups, told.append))
+    assert sum(told) == 6 * 32

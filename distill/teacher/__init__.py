@@ -7,12 +7,15 @@ from distill.config import ExperimentConfig, StreamedTeacherConfig, VllmTeacherC
 from distill.data import Block
 from distill.errors import ConfigError
 from distill.targets import SparseTargets
+from distill.teacher.selection import OnTokens, Selection, tell_nobody
 
 
 class Teacher(Protocol):
     """What capture needs of a teacher."""
 
-    def score(self, groups: Iterable[Sequence[Block]]) -> Iterator[SparseTargets]:
+    def score(
+        self, groups: Iterable[Sequence[Block]], on_tokens: OnTokens = tell_nobody
+    ) -> Iterator[SparseTargets]:
         """Yield the targets of each block in order, on the CPU.
 
         A block of L tokens gives L - 1 rows; those that do not count are empty. Draws depend on
@@ -22,6 +25,8 @@ class Teacher(Protocol):
             groups: Blocks that belong together (those of a shard), read as they are needed; blocks
                 of two groups never share a forward pass, so that a result does not depend on what
                 else is asked for.
+            on_tokens: Told how many tokens the work since the last call is worth; in the end, of
+                all tokens of all groups.
 
         Raises:
             TeacherError: logits are NaN or infinite; teacher, block and row are named.
@@ -43,8 +48,6 @@ def open_teacher(config: ExperimentConfig, vocab_size: int) -> Teacher:
     teacher = config.teacher
     if isinstance(teacher, VllmTeacherConfig):
         raise ConfigError("teacher.kind: vllm is not there yet.")
-    from distill.teacher.selection import Selection
-
     chunk_rows = teacher.head_chunk_tokens
     selection = Selection(teacher.model, config.targets, config.seed, vocab_size, chunk_rows)
     if isinstance(teacher, StreamedTeacherConfig):

@@ -24,7 +24,13 @@ from distill.teacher.memory import (
     resident_bytes,
 )
 from distill.teacher.parking import new_stream
-from distill.teacher.selection import Selection, micro_batches, stack_inputs
+from distill.teacher.selection import (
+    OnTokens,
+    Selection,
+    micro_batches,
+    stack_inputs,
+    tell_nobody,
+)
 from distill.teacher.weights import Checkpoint
 
 _Computed = tuple[Sequence[Block], Tensor, "torch.cuda.Event | None"]
@@ -44,7 +50,9 @@ class ResidentTeacher:
         self._drawing = new_stream(head_device) if head_device.type == "cuda" else None
 
     @torch.inference_mode()
-    def score(self, groups: Iterable[Sequence[Block]]) -> Iterator[SparseTargets]:
+    def score(
+        self, groups: Iterable[Sequence[Block]], on_tokens: OnTokens = tell_nobody
+    ) -> Iterator[SparseTargets]:
         """Yield the targets of each block in order; see `Teacher`."""
         settings = self._config
         if settings.tensor_parallel:
@@ -55,6 +63,7 @@ class ResidentTeacher:
                 for batch in micro_batches(blocks, settings.micro_batch_tokens):
                     # A GPU gets its next work before the host waits for results of the last.
                     computed.append(self._compute(batch))
+                    on_tokens(sum(len(block.input_ids_T) for block in batch))
                     if len(computed) > (self._drawing is not None):
                         yield from self._draw(*computed.popleft())
             while computed:

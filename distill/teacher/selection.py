@@ -16,6 +16,13 @@ from distill.errors import TeacherError
 from distill.targets import SparseTargets, concatenate
 from distill.uniforms import row_uniforms
 
+OnTokens = Callable[[int], None]
+
+
+def tell_nobody(num_tokens: int) -> None:
+    """Take a number of tokens, and forget it."""
+    del num_tokens
+
 
 class Selection:
     """Draws the targets of whole blocks; logits exist for `chunk_rows` rows at a time."""

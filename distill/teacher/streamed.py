@@ -23,7 +23,13 @@ from distill.models import load_config, local_folder, pick_device, refuse_logit_
 from distill.targets import SparseTargets
 from distill.teacher.memory import out_of_memory_named, require_streamed
 from distill.teacher.parking import Parking, new_stream
-from distill.teacher.selection import Selection, micro_batches, stack_inputs
+from distill.teacher.selection import (
+    OnTokens,
+    Selection,
+    micro_batches,
+    stack_inputs,
+    tell_nobody,
+)
 from distill.teacher.skeleton import Skeleton, Stage
 from distill.teacher.weights import Checkpoint
 
@@ -59,7 +65,9 @@ class StreamedTeacher:
         """Time in which weights were waited for, so far."""
 
     @torch.inference_mode()
-    def score(self, groups: Iterable[Sequence[Block]]) -> Iterator[SparseTargets]:
+    def score(
+        self, groups: Iterable[Sequence[Block]], on_tokens: OnTokens = tell_nobody
+    ) -> Iterator[SparseTargets]:
         """Yield the targets of each block in order, a window at a time; see `Teacher`."""
         windows, upcoming = tee(self._windows(groups))
         stages = self._skeleton.stages
@@ -69,12 +77,16 @@ class StreamedTeacher:
         with named, ThreadPoolExecutor(1) as reader:
             for window in windows:
                 positions = [stack_inputs(batch, self._device)[1] for batch in window]
+                num_tokens = sum(len(block.input_ids_T) for batch in window for block in batch)
                 for number, stage in enumerate(stages, start=-1):
                     missing = self._config.layers_ahead + 1 - len(coming)
                     coming += [reader.submit(self._load, s) for s in islice(to_read, missing)]
                     self._skeleton.fill(stage, self._receive(coming.popleft()))
                     yield from self._pass(number, window, positions)
                     self._skeleton.clear(stage)
+                    done = number + 2  # stages of this window, counted from 1
+                    share = [num_tokens * n // len(stages) for n in (done - 1, done)]
+                    on_tokens(share[1] - share[0])
 
     def close(self) -> None:
         """Nothing outlives the object."""
