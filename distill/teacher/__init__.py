@@ -5,7 +5,7 @@ from typing import Protocol
 
 from distill.config import ExperimentConfig, StreamedTeacherConfig, VllmTeacherConfig
 from distill.data import Block
-from distill.errors import ConfigError
+from distill.draw import require_k_below
 from distill.targets import SparseTargets
 from distill.teacher.selection import OnTokens, Selection, tell_nobody
 
@@ -44,10 +44,19 @@ def open_teacher(config: ExperimentConfig, vocab_size: int) -> Teacher:
     Args:
         config: The experiment.
         vocab_size: True number of tokens; logits beyond it are left out of the softmax.
+
+    Raises:
+        ConfigError: a setting is wrong, or the teacher's engine is not installed.
+        TeacherError: the teacher cannot be loaded, or targets.k is not below `vocab_size`.
     """
     teacher = config.teacher
+    require_k_below(config.targets, vocab_size)
     if isinstance(teacher, VllmTeacherConfig):
-        raise ConfigError("teacher.kind: vllm is not there yet.")
+        from distill.teacher.engine import VllmTeacher
+        from distill.teacher.vllm_engine import start_engine
+
+        engine = start_engine(teacher, config.data.block_length)
+        return VllmTeacher(engine, teacher, config.targets, config.seed, vocab_size)
     chunk_rows = teacher.head_chunk_tokens
     selection = Selection(teacher.model, config.targets, config.seed, vocab_size, chunk_rows)
     if isinstance(teacher, StreamedTeacherConfig):

@@ -70,11 +70,16 @@ class Selection:
     def _name_row(self, counted: int, blocks: Sequence[Block], masks: list[Tensor]) -> TeacherError:
         places = torch.stack(masks).nonzero()
         place, row = places[counted].tolist()
-        return TeacherError(
-            f"the teacher {self._name} gave NaN or infinite logits in block "
-            f"{blocks[place].block_id}, row {row}.\n  Nothing of this shard was written. Try "
-            "teacher.dtype=float32 (or bfloat16 in place of float16), or check the checkpoint."
-        )
+        return non_finite(self._name, blocks[place].block_id, row)
+
+
+def non_finite(name: str, block_id: int, row: int) -> TeacherError:
+    """Return the error for logits that are NaN or infinite."""
+    return TeacherError(
+        f"the teacher {name} gave NaN or infinite logits in block {block_id}, row {row}.\n"
+        "  Nothing of this shard was written. Try teacher.dtype=float32 (or bfloat16 in place of "
+        "float16), or check the checkpoint."
+    )
 
 
 def micro_batches(blocks: Sequence[Block], num_tokens: int) -> Iterator[Sequence[Block]]:

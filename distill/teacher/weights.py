@@ -1,9 +1,12 @@
-"""Read the tensors of a safetensors checkpoint one module at a time, into memory of our own.
+"""Read the tensors of a safetensors checkpoint one module at a time.
 
-Plain reads rather than a memory map: the memory is freed at once, and may be page-locked.
+For a GPU into page-locked memory of our own. For the CPU they are mapped: what is in the page cache
+is used where it is, and the pages are asked for before the tensors are.
 """
 
 import json
+import mmap
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +35,9 @@ _DTYPES = {
 
 _READERS = 4
 """Threads that read at a time: a single one does not use all of a fast disk."""
+
+_POPULATE_READ = 22
+"""Of Linux's madvise: read all pages, and enter them into the page table."""
 
 _INDEX = "model.safetensors.index.json"
 
@@ -88,19 +94,20 @@ class Checkpoint:
     def read(
         self, names: Sequence[str], dtypes: Mapping[str, torch.dtype], *, pin: bool = False
     ) -> dict[str, Tensor]:
-        """Read tensors into new host memory.
+        """Return tensors on the host, all of their bytes there. Do not write into them.
 
         Args:
             names: Which.
             dtypes: Wanted dtypes by name; those left out stay as stored.
-            pin: Into page-locked memory, from which a GPU copies while it computes.
+            pin: In page-locked memory, from which a GPU copies while it computes.
 
         Raises:
             TeacherError: a file ends too early.
         """
 
         def read(name: str) -> Tensor:
-            tensor = _read_tensor(self._places[name], pin=pin)
+            place = self._places[name]
+            tensor = _read_pinned(place) if pin else _map(place)
             wanted = dtypes.get(name, tensor.dtype)
             if tensor.dtype == wanted:
                 return tensor
@@ -144,8 +151,32 @@ def _read_header(path: Path) -> dict[str, _Place]:
     return places
 
 
-def _read_tensor(place: _Place, *, pin: bool) -> Tensor:
-    data = torch.empty(place.num_bytes, dtype=torch.uint8, pin_memory=pin)
+def _map(place: _Place) -> Tensor:
+    """Map a tensor, and wait until its bytes are in memory."""
+    if not place.num_bytes:
+        return torch.empty(place.shape, dtype=place.dtype)
+    start = place.start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    length = place.start - start + place.num_bytes
+    with place.path.open("rb") as file:
+        missing = place.start + place.num_bytes - os.fstat(file.fileno()).st_size
+        if missing > 0:
+            raise _too_short(place, missing)
+        # Private and writable: torch warns of memory that it must not write.
+        pages = mmap.mmap(
+            file.fileno(), length, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, offset=start
+        )
+    try:
+        pages.madvise(_POPULATE_READ)
+    except OSError:  # kernels before 5.14
+        pages.madvise(mmap.MADV_WILLNEED)
+    data = torch.frombuffer(
+        pages, dtype=torch.uint8, offset=place.start - start, count=place.num_bytes
+    )
+    return data.view(place.dtype).view(place.shape)
+
+
+def _read_pinned(place: _Place) -> Tensor:
+    data = torch.empty(place.num_bytes, dtype=torch.uint8, pin_memory=True)
     view = data.numpy().data
     with place.path.open("rb", buffering=0) as file:
         file.seek(place.start)
@@ -153,9 +184,12 @@ def _read_tensor(place: _Place, *, pin: bool) -> Tensor:
         while done < place.num_bytes:
             count = file.readinto(view[done:])
             if not count:
-                raise TeacherError(
-                    f"{place.path} ends {place.num_bytes - done:,} bytes too early.\n"
-                    "  Download the checkpoint again."
-                )
+                raise _too_short(place, place.num_bytes - done)
             done += count
     return data.view(place.dtype).view(place.shape)
+
+
+def _too_short(place: _Place, missing: int) -> TeacherError:
+    return TeacherError(
+        f"{place.path} ends {missing:,} bytes too early.\n  Download the checkpoint again."
+    )

@@ -1,0 +1,110 @@
+"""`distill cache` with vLLM as a user types it, each run in a process of its own."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from distill.cache.reader import open_cache
+from distill.cache.storage import Folder, read_manifest
+from distill.cache.writer import ShardWriter
+from distill.capture import capture
+from distill.config import load
+from tests.conftest import tiny_tree
+from tests.vllm.conftest import DEMO, ROOT
+
+DATA = ["data.block_length=128", "data.train_blocks=6", "data.held_out_blocks=2"]
+VLLM = ["teacher.kind=vllm", "teacher.enforce_eager=true", "teacher.kv_cache_gib=0.5"]
+
+
+def distill(*arguments: object) -> subprocess.CompletedProcess[str]:
+    program = str(Path(sys.executable).with_name("distill"))
+    command = [program, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def entropies(run_folder: Path) -> torch.Tensor:
+    cache = open_cache(str(run_folder / "cache" / "train"))
+    columns = [cache.columns(shard) for shard in range(cache.manifest.num_shards)]
+    return torch.cat([torch.from_numpy(column.entropy_R) for column in columns])
+
+
+def test_cache_of_bfloat16_is_as_near_to_float32_as_the_resident_teachers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for dtype in ("float32", "bfloat16"):
+        assert capture(
+            load(DEMO, [*DATA, f"run_folder={tmp_path / dtype}", f"teacher.dtype={dtype}"])
+        )
+    settings = [*DATA, *VLLM, "teacher.model=assets/teacher", f"run_folder={tmp_path / 'vllm'}"]
+    done = distill("cache", DEMO, *settings)
+    assert done.returncode == 0, done.stderr
+    assert "capture: 1,024 of 1,024 tokens" in done.stderr
+    assert distill("verify", DEMO, *settings).returncode == 0
+    again = distill("cache", DEMO, *settings)
+    assert again.returncode == 0
+    assert "vllm" not in again.stderr  # what is complete needs no engine
+
+    exact, rounded, ours = (entropies(tmp_path / name) for name in ("float32", "bfloat16", "vllm"))
+    assert len(exact) == len(ours) == 6 * 127
+    deviation = (ours - exact).abs().mean()
+    assert deviation < 0.05
+    assert deviation < 1.3 * (rounded - exact).abs().mean()
+
+
+@pytest.fixture
+def teacher_of_32(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Like `tiny_teacher`, but vLLM's attention on the CPU wants heads of 32 numbers."""
+    folder = tmp_path / "teacher"
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer) + 7,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_nan_is_named_with_its_block_and_row(
+    tmp_path: Path, teacher_of_32: Path, corpus: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    poisoned = tiny_tokenizer.convert_tokens_to_ids("k")
+    weights = load_file(teacher_of_32 / "model.safetensors")
+    weights["model.embed_tokens.weight"][poisoned] = torch.nan
+    save_file(weights, teacher_of_32 / "model.safetensors", metadata={"format": "pt"})
+    path = tmp_path / "tiny.yaml"
+    tree = tiny_tree(tmp_path / "run", teacher_of_32, corpus)
+    tree["teacher"] = {"kind": "vllm", "model": str(teacher_of_32), "dtype": "float32"}
+    path.write_text(yaml.safe_dump(tree))
+
+    done = distill("cache", path, "teacher.enforce_eager=true", "teacher.kv_cache_gib=0.1")
+    assert done.returncode == 2, done.stderr
+    named = re.search(r"gave NaN or infinite logits in block (\d+), row (\d+)\.", done.stderr)
+    assert named, done.stderr
+    assert "Traceback" not in done.stderr.partition("TeacherError")[2]
+    folder = tmp_path / "run" / "cache" / "held_out"
+    assert not list(folder.glob("shards/*.parquet"))
+    manifest = read_manifest(Folder(str(folder)))
+    assert manifest is not None
+    block_id, row = int(named[1]), int(named[2])
+    spooled = ShardWriter(Folder(str(folder)), manifest).read_blocks(
+        block_id // manifest.blocks_per_shard
+    )
+    block = spooled[block_id % manifest.blocks_per_shard]
+    starts = np.cumsum(block.segment_lengths) - block.segment_lengths
+    segment = starts[starts <= row].max()
+    assert poisoned in block.input_ids_T[segment : row + 1]
+    assert block.row_mask()[row]
