@@ -1,53 +1,61 @@
 """A streamed teacher against a resident one, and against what else streams weights.
 
-    python scripts/bench_streamed.py [--quick] [--large FOLDER] [--out results/bench_streamed.json]
+    python scripts/bench_streamed.py [--quick] [--large FOLDER [--airllm FOLDER]]
+        [--out results/bench_streamed.json]
 
 1. `streamed_over_resident`: tokens a second of the streamed teacher over those of the resident one,
    on a random Llama of half a billion parameters, in bfloat16, at a window of 4,096 tokens. The two
    alternate; the median of the ratios counts. Their targets are compared to the last bit.
 2. With --large: a random Llama of the shape of Llama 3.1 8B (16 GB of safetensors, written once to
-   FOLDER) scores one window of 4,096 tokens in a process of its own; then the same layers pass by
-   once more through Accelerate's disk offload. Memory is the largest sum of RssAnon and RssShmem of
-   the process (/proc/PID/status, every 20 ms): what it allocated, without the page cache.
+   FOLDER) scores one window of 4,096 tokens in a process of its own; then the same micro-batches go
+   through Accelerate's disk offload, and through AirLLM where its folder is given (made by
+   `pip install --no-deps --target FOLDER airllm==4.0.0`). AirLLM takes no packed documents; that it
+   writes all layers once more when it opens a model is not counted. Memory is the largest sum of
+   RssAnon and RssShmem of the process (/proc/PID/status, every 20 ms): without the page cache.
 3. `predicted_over_measured`: the formula of `distill estimate` (streamed_seconds), given FLOP/s of
    one layer in memory and the bytes per second of one layer's read, over the time that 2 took.
 
-Give FOLDER on a disk with 35 GB free: Accelerate writes all layers once more to offload them.
+Give FOLDER on a disk with 35 GB free.
 
 The last line is one JSON object.
 """
 
 import argparse
 import json
-import multiprocessing
-import os
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from distill.config import ResidentTeacherConfig, StreamedTeacherConfig, ThresholdConfig
-from distill.data import Block
+from distill.config import ResidentTeacherConfig, StreamedTeacherConfig
 from distill.estimate.models import shape_of
 from distill.files import write_json_atomically
 from distill.hardware import streamed_seconds
-from distill.targets import SparseTargets, concatenate
+from distill.targets import concatenate
 from distill.teacher.resident import ResidentTeacher
-from distill.teacher.selection import Selection, stack_inputs
+from distill.teacher.selection import stack_inputs
 from distill.teacher.streamed import StreamedTeacher
 from scripts.bench_teacher import save_random_llama
 from scripts.keep_demo_results import machine
-
-SEED, VOCAB_SIZE, BLOCK_LENGTH = 0, 128_256, 512
-WINDOW_TOKENS, MICRO_BATCH_TOKENS = 4096, 2048
+from scripts.weight_streamers import (
+    BLOCK_LENGTH,
+    MICRO_BATCH_TOKENS,
+    SEED,
+    VOCAB_SIZE,
+    WINDOW_TOKENS,
+    in_process,
+    make_blocks,
+    new_selection,
+    run_accelerate,
+    run_airllm,
+    timed,
+)
 
 
 def main() -> None:
@@ -55,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one pair of runs")
     parser.add_argument("--large", type=Path, metavar="FOLDER", help="the 8B shape too")
+    parser.add_argument("--airllm", type=Path, metavar="FOLDER", help="where AirLLM is installed")
     parser.add_argument("--out", type=Path, help="also write the result there")
     options = parser.parse_args()
     result: dict[str, Any] = {
@@ -68,27 +77,11 @@ def main() -> None:
         result |= against_resident(Path(folder), 1 if options.quick else 3)
     if options.large:
         save_8b_shape(options.large)
-        result["llama_8b_shape"] = against_others(options.large)
+        result["llama_8b_shape"] = against_others(options.large, options.airllm)
     result["machine"] = machine()
     if options.out:
         write_json_atomically(options.out, result)
     print(json.dumps(result))
-
-
-def make_blocks(num_tokens: int) -> list[Block]:
-    """Blocks of random tokens, two documents each."""
-    random = np.random.default_rng(SEED)
-    cut = BLOCK_LENGTH // 3
-    lengths = np.array([cut, BLOCK_LENGTH - cut], np.int32)
-    return [
-        Block(
-            number,
-            random.integers(0, VOCAB_SIZE, BLOCK_LENGTH).astype(np.int32),
-            lengths,
-            np.ones(BLOCK_LENGTH, np.bool_),
-        )
-        for number in range(num_tokens // BLOCK_LENGTH)
-    ]
 
 
 def new_streamed(folder: Path) -> StreamedTeacher:
@@ -101,11 +94,6 @@ def new_streamed(folder: Path) -> StreamedTeacher:
         micro_batch_tokens=MICRO_BATCH_TOKENS,
     )
     return StreamedTeacher(config, new_selection())
-
-
-def new_selection() -> Selection:
-    """Draws of the default kind."""
-    return Selection("random", ThresholdConfig(), SEED, VOCAB_SIZE, chunk_rows=256)
 
 
 def against_resident(folder: Path, rounds: int) -> dict[str, Any]:
@@ -133,12 +121,6 @@ def against_resident(folder: Path, rounds: int) -> dict[str, Any]:
         "targets_are_equal": are_equal,
         "rounds": rounds,
     }
-
-
-def timed(work: Callable[[], list[SparseTargets]]) -> tuple[list[SparseTargets], float]:
-    """Result and wall time of `work`."""
-    started = time.perf_counter()
-    return work(), time.perf_counter() - started
 
 
 def save_8b_shape(folder: Path) -> None:
@@ -179,11 +161,16 @@ def save_8b_shape(folder: Path) -> None:
     write_json_atomically(folder / "model.safetensors.index.json", index)
 
 
-def against_others(folder: Path) -> dict[str, Any]:
-    """The 8B shape streamed by us and by Accelerate, each in a process of its own."""
+def against_others(folder: Path, airllm: Path | None) -> dict[str, Any]:
+    """The 8B shape streamed by us and by others, each in a process of its own."""
     found: dict[str, Any] = {}
     for name, work in (("distill", run_streamed), ("accelerate_disk_offload", run_accelerate)):
         found[name] = in_process(work, str(folder))
+    if airllm:
+        found["airllm"] = in_process(partial(run_airllm, str(airllm.absolute())), str(folder))
+        found["speed_over_airllm"] = round(
+            found["airllm"]["seconds"] / found["distill"]["seconds"], 3
+        )
     ours = found["distill"]
     shape = shape_of(AutoConfig.from_pretrained(folder), "benchmark")
     attention_flops = shape.attention_flops_per_token(BLOCK_LENGTH) / shape.num_layers
@@ -218,35 +205,6 @@ def run_streamed(folder: str) -> dict[str, Any]:
     }
 
 
-@torch.inference_mode()
-def run_accelerate(folder: str) -> dict[str, Any]:
-    """Score the same micro-batches with transformers and Accelerate's disk offload."""
-    config = AutoConfig.from_pretrained(folder)
-    places: dict[str, str] = {f"model.layers.{n}": "disk" for n in range(config.num_hidden_layers)}
-    places |= {"model.embed_tokens": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
-    places |= {"lm_head": "disk"}
-    with tempfile.TemporaryDirectory(dir=Path(folder).parent) as offload:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, device_map=places, offload_folder=offload
-        ).eval()
-        selection, blocks = new_selection(), make_blocks(WINDOW_TOKENS)
-        at_once = MICRO_BATCH_TOKENS // BLOCK_LENGTH
-
-        def work() -> list[SparseTargets]:
-            found: list[SparseTargets] = []
-            for first in range(0, len(blocks), at_once):
-                batch = blocks[first : first + at_once]
-                input_ids_BT, position_ids_BT = stack_inputs(batch, torch.device("cpu"))
-                hidden_BTD = model.get_decoder()(
-                    input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False
-                ).last_hidden_state
-                found += selection.select(hidden_BTD, batch, model.get_output_embeddings())
-            return found
-
-        taken = timed(work)[1]
-    return {"seconds": round(taken, 2), "tokens_per_second": round(WINDOW_TOKENS / taken, 2)}
-
-
 def one_layer(folder: Path, attention_flops: float) -> tuple[float, float]:
     """Bytes per second of reading one layer, and FLOP/s of one layer on one micro-batch."""
     skeleton = new_streamed(folder)._skeleton
@@ -265,27 +223,6 @@ def one_layer(folder: Path, attention_flops: float) -> tuple[float, float]:
         taken = (time.perf_counter() - started) / 3
     parameters = sum(tensor.numel() for tensor in tensors.values())
     return link, (2 * parameters + attention_flops) * MICRO_BATCH_TOKENS / taken
-
-
-def in_process(work: Callable[[str], dict[str, Any]], folder: str) -> dict[str, Any]:
-    """Run `work` in a new process; return what it found, and the largest memory that it held."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        pid = pool.apply(os.getpid)
-        peak, done = [0], threading.Event()
-
-        def watch() -> None:
-            while not done.wait(0.02):
-                status = Path(f"/proc/{pid}/status").read_text()
-                held = [int(status.split(f"{n}:")[1].split()[0]) for n in ("RssAnon", "RssShmem")]
-                peak[0] = max(peak[0], sum(held) * 1024)
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        found = pool.apply(work, (folder,))
-        done.set()
-        watcher.join()
-    return {**found, "peak_bytes": peak[0]}
 
 
 if __name__ == "__main__":
