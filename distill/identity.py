@@ -55,18 +55,22 @@ def teacher_identity(config: ExperimentConfig) -> dict[str, Any]:
     """
     teacher = config.teacher
     model = load_config(teacher.model, "teacher.model", teacher.revision)
-    quantisation = dict(getattr(model, "quantization_config", None) or {})
+    stored = dict(getattr(model, "quantization_config", None) or {}).get("quant_method")
     path = Path(teacher.model)
     try:
         weights = fingerprint.of_weights(path) if path.exists() else None
     except FileNotFoundError as error:
         raise ConfigError(f"teacher.model: {error}.") from None
+    # What vLLM quantises on load is another teacher than the checkpoint is.
+    quantisation = getattr(teacher, "quantization", None) or stored
+    if path.suffix == ".gguf":
+        quantisation = "gguf"
     return {
         "model": teacher.model,
         "revision": getattr(model, "_commit_hash", None) or teacher.revision,
         "weights": weights,
         "dtype": teacher.dtype,
-        "quantisation": "gguf" if path.suffix == ".gguf" else quantisation.get("quant_method"),
+        "quantisation": quantisation,
         "licence": teacher.licence,
     }
 
