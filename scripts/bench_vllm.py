@@ -14,7 +14,7 @@ import argparse
 import inspect
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -117,8 +117,8 @@ def per_row(cost: Cost) -> float:
     return cost.host_seconds / cost.rows * 1e6
 
 
-def answers(engine: Any, blocks: list[Block], *, flat: bool) -> list[Any]:
-    """Prompt log-probabilities of every block, as vLLM returns them."""
+def answers(engine: Any, blocks: list[Block], *, flat: bool) -> Iterator[Any]:
+    """Prompt log-probabilities of every block, as vLLM returns them, one after another."""
     from vllm import SamplingParams
     from vllm.inputs import tokens_input
 
@@ -129,10 +129,10 @@ def answers(engine: Any, blocks: list[Block], *, flat: bool) -> list[Any]:
         engine.add_request(
             f"block {block.block_id}", tokens_input(block.input_ids_T.tolist()), params
         )
-    found = []
     while engine.has_unfinished_requests():
-        found += [output.prompt_logprobs for output in engine.step() if output.finished]
-    return found
+        for output in engine.step():
+            if output.finished:
+                yield output.prompt_logprobs
 
 
 def from_dicts(engine: Any, blocks: list[Block]) -> int:
@@ -162,16 +162,15 @@ def from_flat(engine: Any, blocks: list[Block]) -> int:
 def from_raw(engine: Any, blocks: list[Block]) -> int:
     """The tensors themselves, held back before vLLM unpacks them."""
     with raw_tensors():
-        found = answers(engine, blocks, flat=False)
-    return sum(
-        checked((part.logprob_token_ids[:, 1:], part.logprobs[:, 1:]))
-        for answer in found
-        for part in answer[1:]
-    )
+        return sum(
+            checked((part.logprob_token_ids[:, 1:], part.logprobs[:, 1:]))
+            for answer in answers(engine, blocks, flat=False)
+            for part in answer[1:]
+        )
 
 
 @contextmanager
-def raw_tensors() -> Any:
+def raw_tensors() -> Iterator[None]:
     """Put a method in the place of the one that turns tensors into Python objects."""
     from vllm.v1.engine.logprobs import LogprobsProcessor
 
