@@ -52,6 +52,7 @@ _HOMES = {
     "ThresholdConfig": "distill.config",
     "TopKConfig": "distill.config",
     "TrainConfig": "distill.config",
+    "TrainingError": "distill.errors",
     "VllmTeacherConfig": "distill.config",
     "WorkerError": "distill.errors",
     "capture": "distill.capture",

@@ -18,7 +18,7 @@ from distill.errors import (
     explain_difference,
     storage_errors,
 )
-from distill.files import whole_folder, write_json_atomically
+from distill.files import publish_folder, write_json_atomically
 
 _NAME = re.compile(r"step-(\d{6,})")
 _STATE = "run.json"
@@ -57,23 +57,39 @@ class Checkpoints:
     def save(self, accelerator: Accelerator, step: int) -> None:
         """Publish the state after `step` steps, then drop all but the newest checkpoints.
 
+        All processes write into one folder, which gets its name when all are done.
+
         Raises:
             StorageError: no space; older checkpoints are untouched.
         """
-        target = self._path(step)
-        with plain_storage_errors(target), whole_folder(target) as folder:
-            accelerator.save_state(str(folder))
-        for old in sorted(self._steps())[: -self._keep]:
-            shutil.rmtree(self._path(old))
+        target = self.path(step)
+        temporary = target.with_name(f".{target.name}.tmp")
+        with plain_storage_errors(target):
+            if accelerator.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            accelerator.wait_for_everyone()
+            try:
+                accelerator.save_state(str(temporary))
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                publish_folder(temporary, target)
+                for old in sorted(self._steps())[: -self._keep]:
+                    shutil.rmtree(self.path(old))
+        accelerator.wait_for_everyone()
 
     def load(self, accelerator: Accelerator) -> int:
         """Restore the newest checkpoint; return its step, 0 if there is none."""
         step = self.latest()
         if step:
-            accelerator.load_state(str(self._path(step)))
+            accelerator.load_state(str(self.path(step)))
         return step
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """Folder of one checkpoint."""
         return self._folder / f"step-{step:06d}"
 
     def _steps(self) -> list[int]:

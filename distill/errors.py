@@ -7,6 +7,7 @@
     +-- TeacherError(RuntimeError)         the teacher cannot be loaded, or gives no finite logits
     +-- WorkerError(RuntimeError)          workers of a capture died, more than may be restarted
     +-- CheckpointError(RuntimeError)      a run folder or checkpoint cannot be used
+    +-- TrainingError(RuntimeError)        a step gave no usable result, or did not fit the memory
     +-- EvalError(RuntimeError)            a benchmark could not be run or compared
     +-- StorageError(OSError)              the disk or object store refused (full, read-only, gone)
 
@@ -44,6 +45,10 @@ class WorkerError(DistillError, RuntimeError):
 
 class CheckpointError(DistillError, RuntimeError):
     """A run folder or a checkpoint is in the way, incomplete, or of another run."""
+
+
+class TrainingError(DistillError, RuntimeError):
+    """A training step gave no finite loss or gradient, or the device's memory was used up."""
 
 
 class EvalError(DistillError, RuntimeError):

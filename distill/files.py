@@ -65,14 +65,19 @@ def whole_folder(target: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            for path in sorted(temporary.rglob("*")):
-                if path.is_file():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-            if target.exists():
-                shutil.rmtree(target)
-            temporary.rename(target)
+            publish_folder(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        sync_folder(target.parent)
+
+
+def publish_folder(temporary: Path, target: Path) -> None:
+    """Sync all files of a folder, then give it its name; an older `target` is replaced."""
+    for path in sorted(temporary.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)
+    sync_folder(target.parent)

@@ -1,15 +1,18 @@
 """What must fit before a student trains: cache, config, tokenizer, vocabulary, run folder."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from distill import fingerprint
 from distill.cache.joined import JoinedCache, open_joined
-from distill.cache.reader import Cache
-from distill.checkpoint import require_identity
+from distill.cache.reader import Batch, Cache
+from distill.checkpoint import Checkpoints, require_identity
 from distill.config import ExperimentConfig, TrainConfig, to_tree
-from distill.errors import CacheError, ConfigError, MismatchError, explain_difference
+from distill.errors import CacheError, ConfigError, MismatchError, TrainingError, explain_difference
 from distill.export import read_provenance
 from distill.licences import require_licence
 from distill.losses import require_linear_or_exact
@@ -108,6 +111,42 @@ def training_identity(config: ExperimentConfig, cache: JoinedCache) -> dict[str,
     settings = to_tree(config)
     parts = {name: settings[name] for name in ("seed", "student", "train")}
     return {**parts, "caches": list(cache.checksums)}
+
+
+def not_finite(
+    step: int,
+    loss_nats: float,
+    grad_norm: float,
+    batches: Sequence[Batch],
+    costs: Sequence[Tensor],
+    checkpoints: Checkpoints,
+) -> TrainingError:
+    """Return the error of a step whose loss or gradient is NaN or infinite.
+
+    Args:
+        step: Its number, from 1.
+        loss_nats: Mean over the rows of all processes.
+        grad_norm: Of all processes.
+        batches: This process's micro-batches.
+        costs: Sums of each, as `LossRows.sums`.
+        checkpoints: Of the run.
+    """
+    guilty = [
+        block_id
+        for batch, cost in zip(batches, costs, strict=True)
+        if not bool(torch.isfinite(cost).all())
+        for block_id in batch.block_ids
+    ]
+    seen = [block_id for batch in batches for block_id in batch.block_ids]
+    where = f"in blocks {guilty}" if guilty else f"with finite losses here, in blocks {seen}"
+    last = checkpoints.latest()
+    kept = f"of step {last}, {checkpoints.path(last)}" if last else "none yet"
+    return TrainingError(
+        f"step {step} has loss {loss_nats} nats and gradient norm {grad_norm}, {where}.\n"
+        f"  The step was not taken. Last good checkpoint: {kept}.\n"
+        "  Lower train.learning_rate, raise train.warmup_fraction, or use train.precision=float32; "
+        "`distill verify` tells whether the cache is right."
+    )
 
 
 def is_finished(config: ExperimentConfig) -> bool:

@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from distill.errors import ConfigError, MismatchError
+from distill.errors import ConfigError, DistillError, MismatchError
 
 _UNSUPPORTED_LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -98,6 +98,21 @@ def local_folder(name: str, setting: str, revision: str | None = None) -> Path:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{setting}: cannot download {name!r}: {_reason(error)}") from error
     return Path(found)
+
+
+@contextmanager
+def out_of_memory_as(kind: type[DistillError], advice: str) -> Iterator[None]:
+    """Turn an exhausted device into an error that says which settings to lower.
+
+    Raises:
+        DistillError: of the given kind, in place of torch's.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise kind(
+            f"the device's memory is used up: {str(error).splitlines()[0]}\n  {advice}"
+        ) from error
 
 
 def refuse_logit_transforms(config: Any, who: str) -> None:

@@ -1,11 +1,29 @@
-"""How the mix of the loss changes over a training. Plain arithmetic."""
+"""How learning rate and mix of the loss change over a training."""
 
 import math
+from typing import Any
+
+from torch.optim import Optimizer
+from transformers import get_scheduler
 
 from distill.config import TrainConfig
 
 _WARMUP, _DECAY = 0.1, 0.2
-"""Shares of the steps of a `wsd` schedule that rise and fall."""
+"""Shares of the steps of a `wsd` schedule that rise (of the KL's weight) and fall."""
+
+
+def learning_rate_schedule(config: TrainConfig, optimizer: Optimizer, num_steps: int) -> Any:
+    """Return transformers' scheduler for `train.schedule`, which is stepped once a step."""
+    name, options = str(config.schedule), {}
+    if config.schedule == "wsd":
+        name, options = "warmup_stable_decay", {"num_decay_steps": math.ceil(_DECAY * num_steps)}
+    return get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=math.ceil(config.warmup_fraction * num_steps),
+        num_training_steps=num_steps,
+        scheduler_specific_kwargs=options,
+    )
 
 
 def kl_weight_at(config: TrainConfig, step: int, num_steps: int) -> float:

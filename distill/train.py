@@ -16,22 +16,28 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase
 
 from distill.cache.joined import JoinedCache, open_joined
 from distill.cache.reader import Batch, open_cache
 from distill.checkpoint import Checkpoints
 from distill.config import ExperimentConfig, TrainConfig, to_tree
 from distill.distillation_model import DistillationModel
-from distill.errors import ConfigError
+from distill.errors import ConfigError, TrainingError
 from distill.evaluate.fidelity import measure, score
 from distill.export import save_student
-from distill.fit import count_steps, require_fit, training_identity
+from distill.fit import count_steps, not_finite, require_fit, training_identity
 from distill.losses import LossWeights
 from distill.metrics import MetricsLog
 from distill.model_card import student_files
+from distill.models import out_of_memory_as
 from distill.progress import ProgressBar
-from distill.schedules import kl_weight_at
+from distill.schedules import kl_weight_at, learning_rate_schedule
+
+_LESS_MEMORY = (
+    "Lower train.micro_batch_blocks or train.head_chunk_tokens, or set "
+    "train.gradient_checkpointing=true; none of them changes the result but for rounding."
+)
 
 
 def train(
@@ -57,6 +63,7 @@ def train(
         MismatchError: cache, config, tokenizer or student do not belong together.
         CheckpointError: an interrupted training is in the way and `resume` is false.
         StorageError: no space; older checkpoints stay.
+        TrainingError: a loss or gradient is not finite, or the memory is used up.
         ConfigError: the licence of the teacher is not met, found before anything is trained.
     """
     settings = config.train
@@ -69,7 +76,9 @@ def train(
 
     identity = training_identity(config, cache)
     checkpoints = Checkpoints(
-        config.run_folder / "checkpoints", identity, settings.keep_checkpoints
+        config.run_folder / "checkpoints",
+        {**identity, "processes": accelerator.num_processes},
+        settings.keep_checkpoints,
     )
     if accelerator.is_main_process:
         checkpoints.begin(resume=resume)
@@ -85,12 +94,7 @@ def train(
         betas=settings.betas,
         fused=True,
     )
-    schedule = get_scheduler(
-        settings.schedule,
-        optimizer,
-        num_warmup_steps=math.ceil(settings.warmup_fraction * num_steps),
-        num_training_steps=num_steps,
-    )
+    schedule = learning_rate_schedule(settings, optimizer, num_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(schedule)
     first_step = checkpoints.load(accelerator)
@@ -99,14 +103,13 @@ def train(
     )
     tokens_per_step = settings.blocks_per_step * cache.manifest.block_length
     model.train()
-    with ProgressBar(
-        "train", num_steps * tokens_per_step, done=first_step * tokens_per_step
-    ) as bar:
+    bar = ProgressBar("train", num_steps * tokens_per_step, done=first_step * tokens_per_step)
+    with bar, out_of_memory_as(TrainingError, _LESS_MEMORY):
         for step, batches in _steps(cache, config, accelerator, range(first_step, num_steps)):
             started = time.monotonic()
             weights = _loss_weights(settings, step, num_steps)
             num_rows = accelerator.reduce(_count_rows(batches, accelerator.device), "sum")
-            totals = torch.zeros(4, device=accelerator.device)
+            costs: list[torch.Tensor] = []
             for number, batch in enumerate(batches, start=1):
                 is_last = number == len(batches)
                 with nullcontext() if is_last else accelerator.no_sync(model):
@@ -119,14 +122,17 @@ def train(
                     )
                     # Processes average their gradients; times their number, that is a sum.
                     accelerator.backward(loss * (accelerator.num_processes / num_rows))
-                totals += rows.sums()
+                costs.append(rows.sums())
+            totals = accelerator.reduce(torch.stack(costs).sum(0), "sum")
+            loss_nats, kl, ce, agreement = (totals / num_rows).tolist()
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+            if not math.isfinite(loss_nats + float(grad_norm)):
+                raise not_finite(step + 1, loss_nats, float(grad_norm), batches, costs, checkpoints)
             optimizer.step()
             optimizer.zero_grad()
             learning_rate = schedule.get_last_lr()[0]
             schedule.step()
 
-            loss_nats, kl, ce, agreement = (accelerator.reduce(totals, "sum") / num_rows).tolist()
             metrics.write(
                 step + 1,
                 {

@@ -38,8 +38,9 @@ class TrainConfig:
     """Softmax temperature of the KL; by default the cache's, else one of its also_temperatures."""
     learning_rate: PositiveFloat = 1e-4
     """Peak of the schedule."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after warmup, to zero at the last step (constant: stays)."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after warmup, to zero at the last step; `constant` stays, `wsd` falls over the last
+    fifth only."""
     warmup_fraction: Fraction = 0.05
     """Share of the steps in which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

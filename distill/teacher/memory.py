@@ -1,13 +1,13 @@
 """Refuse a teacher that does not fit, before it is loaded, and say what would."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import psutil
 import torch
 
 from distill.errors import ConfigError, TeacherError
 from distill.hardware import RESIDENT_OVERHEAD, devices_needed
+from distill.models import out_of_memory_as
 from distill.teacher.weights import Checkpoint
 
 _QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -83,18 +83,12 @@ def require_streamed(name: str, stage_bytes: list[int], held: int, device: torch
         )
 
 
-@contextmanager
-def out_of_memory_named(micro_batch_tokens: int, head_chunk_tokens: int) -> Iterator[None]:
-    """Turn an exhausted device into an error that says which settings to lower.
-
-    Raises:
-        TeacherError: in place of torch's.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise TeacherError(
-            f"the device's memory is used up: {str(error).splitlines()[0]}\n  Lower "
-            f"teacher.micro_batch_tokens (now {micro_batch_tokens}) or teacher.head_chunk_tokens "
-            f"(now {head_chunk_tokens}); neither changes the cache but for rounding."
-        ) from error
+def out_of_memory_named(
+    micro_batch_tokens: int, head_chunk_tokens: int
+) -> AbstractContextManager[None]:
+    """Turn an exhausted device into a `TeacherError` that says which settings to lower."""
+    return out_of_memory_as(
+        TeacherError,
+        f"Lower teacher.micro_batch_tokens (now {micro_batch_tokens}) or teacher.head_chunk_tokens "
+        f"(now {head_chunk_tokens}); neither changes the cache but for rounding.",
+    )

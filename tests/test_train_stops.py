@@ -1,0 +1,76 @@
+"""Trainings that must not go on, and how their learning rate moves."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+from distill.config import TrainConfig
+from distill.errors import MismatchError, TrainingError
+from distill.models import out_of_memory_as
+from distill.schedules import learning_rate_schedule
+from distill.train import train
+from students import build_student
+from tests.conftest import ConfigMaker
+from tests.test_train import TINY, _train_until, run
+
+pytestmark = pytest.mark.usefixtures("cache_copy")
+
+
+def test_loss_that_is_not_finite_names_step_blocks_and_the_last_good_checkpoint(
+    tiny_config: ConfigMaker,
+) -> None:
+    config = tiny_config(*TINY, "train.learning_rate=1e30", "train.warmup_fraction=0")
+    with pytest.raises(TrainingError) as error:
+        run(config)
+    message = str(error.value)
+    assert message.startswith("step 2 has loss ")
+    assert "in blocks [" in message
+    checkpoint = config.run_folder / "checkpoints" / "step-000001"
+    assert f"Last good checkpoint: of step 1, {checkpoint}." in message
+    assert checkpoint.is_dir()
+    assert not (config.run_folder / "student" / "final").exists()
+
+
+def test_nan_weights_stop_before_the_first_step(tiny_config: ConfigMaker) -> None:
+    config = tiny_config(*TINY)
+    student, tokenizer = build_student(config)
+    student.get_decoder().norm.weight.data[3] = torch.nan
+    before = student.get_input_embeddings().weight.detach().clone()
+    with pytest.raises(TrainingError, match=r"step 1 has loss nan(.|\n)*checkpoint: none yet"):
+        train(config, student, tokenizer)
+    assert torch.equal(student.get_input_embeddings().weight, before)
+
+
+def test_exhausted_memory_is_a_training_error() -> None:
+    with (
+        pytest.raises(TrainingError, match=r"CUDA out of memory\.\n  Lower it"),
+        out_of_memory_as(TrainingError, "Lower it."),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_run_of_another_number_of_processes_is_refused(tiny_config: ConfigMaker) -> None:
+    config = tiny_config(*TINY)
+    with pytest.raises(Exception, match="stop here"):
+        _train_until(config, step=1)
+    state = config.run_folder / "checkpoints" / "run.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "processes": 2}))
+    with pytest.raises(MismatchError, match=r"processes\n +there +2\n +config +1"):
+        run(config, resume=True)
+
+
+def test_wsd_warms_up_stays_and_falls_over_the_last_fifth() -> None:
+    config = TrainConfig(schedule="wsd", warmup_fraction=0.1, learning_rate=1.0)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule, rates = learning_rate_schedule(config, optimizer, 20), []
+    for _ in range(20):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:2] == [0, 0.5]
+    assert rates[2:17] == [1.0] * 15
+    assert all(before > after for before, after in pairwise(rates[16:]))
+    assert 0 < rates[-1] < 0.2
+    assert schedule.get_last_lr()[0] == pytest.approx(0)
