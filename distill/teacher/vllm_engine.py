@@ -4,8 +4,11 @@ vLLM is imported here and nowhere at the top of a module: distill runs without i
 """
 
 import os
+import subprocess
+import sys
 import weakref
 from importlib.util import find_spec
+from multiprocessing import active_children
 from typing import Any
 
 from distill.config import VllmTeacherConfig
@@ -25,9 +28,21 @@ ENVIRONMENT = {
 }
 """vLLM reads these from nowhere else. A variable that is set already stays, but for the first."""
 
-
 SHUTDOWN_SECONDS = 60.0
 """That the engine is given to end its processes by itself."""
+
+_WATCH = """
+import os, signal, sys, time
+sys.stdin.read()
+for number in (signal.SIGTERM, signal.SIGKILL):
+    for pid in sys.argv[1:]:
+        try:
+            os.kill(int(pid), number)
+        except ProcessLookupError:
+            pass
+    time.sleep(10)
+"""
+"""Waits for the end of our process, which closes the pipe, and ends the processes that are left."""
 
 
 def start_engine(config: VllmTeacherConfig, block_length: int, **options: Any) -> Any:
@@ -85,6 +100,7 @@ def start_engine(config: VllmTeacherConfig, block_length: int, **options: Any) -
         )
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         raise _refusal(config, block_length, error) from error
+    before = set(active_children())
     try:
         engine = LLMEngine.from_vllm_config(engine_config, UsageContext.LLM_CLASS)
     except (RuntimeError, ValueError, OSError, NotImplementedError) as error:
@@ -94,7 +110,19 @@ def start_engine(config: VllmTeacherConfig, block_length: int, **options: Any) -
         ) from error
     # Before the engine's own last resort, which kills its processes after five seconds.
     weakref.finalize(engine, engine.engine_core.shutdown, SHUTDOWN_SECONDS)
+    pids = [str(child.pid) for child in set(active_children()) - before]
+    # An engine whose owner was killed keeps its GPUs for ever, and the next start finds no memory.
+    # A session of its own: what is sent to our process group must not reach the watcher.
+    watcher = subprocess.Popen(
+        [sys.executable, "-c", _WATCH, *pids], stdin=subprocess.PIPE, start_new_session=True
+    )
+    weakref.finalize(engine, _end, watcher)
     return engine
+
+
+def _end(watcher: "subprocess.Popen[bytes]") -> None:
+    watcher.kill()
+    watcher.communicate()
 
 
 def _refusal(config: VllmTeacherConfig, block_length: int, error: Exception) -> ConfigError:

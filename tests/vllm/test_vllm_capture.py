@@ -1,11 +1,14 @@
 """`distill cache` with vLLM as a user types it, each run in a process of its own."""
 
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -21,12 +24,16 @@ from distill.data import SPLITS
 from tests.conftest import tiny_tree
 from tests.vllm.conftest import DEMO, ROOT
 
+PROGRAM = str(Path(sys.executable).with_name("distill"))
 DATA = ["data.block_length=128", "data.train_blocks=6", "data.held_out_blocks=2"]
-VLLM = ["teacher.kind=vllm", "teacher.enforce_eager=true", "teacher.kv_cache_gib=0.5"]
+VLLM = [
+    *("teacher.kind=vllm", "teacher.model=assets/teacher", "teacher.tokens_in_flight=128"),
+    *("teacher.enforce_eager=true", "teacher.kv_cache_gib=0.5", "cache.blocks_per_shard=1"),
+]
 
 
 def distill(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).with_name("distill")), *map(str, arguments)]
+    command = [PROGRAM, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -36,20 +43,36 @@ def entropies(run_folder: Path) -> torch.Tensor:
     return torch.cat([torch.tensor(column.entropy_R) for column in columns])
 
 
-def test_cache_of_bfloat16_is_as_near_to_float32_as_the_resident_teachers(
+def kill_amid_capture(command: list[str], cache: Path, log: Path) -> None:
+    """Kill a capture after its first shard; its engine has to end too."""
+    with log.open("w") as file:
+        running = subprocess.Popen(command, cwd=ROOT, stderr=file)
+    while not list(cache.glob("*/shards/*.parquet")):
+        assert running.poll() is None, log.read_text()
+        time.sleep(0.05)
+    family = psutil.Process(running.pid).children(recursive=True)
+    running.kill()
+    assert running.wait() == -signal.SIGKILL
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+
+
+def test_killed_capture_goes_on_and_is_as_near_to_float32_as_the_resident_teachers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
     for dtype in ("float32", "bfloat16"):
-        assert capture(
-            load(DEMO, [*DATA, f"run_folder={tmp_path / dtype}", f"teacher.dtype={dtype}"])
-        )
-    settings = [*DATA, *VLLM, "teacher.model=assets/teacher", f"run_folder={tmp_path / 'vllm'}"]
+        settings = [f"run_folder={tmp_path / dtype}", f"teacher.dtype={dtype}"]
+        assert capture(load(DEMO, [*DATA, *settings]))
+    settings = [*DATA, *VLLM, f"run_folder={tmp_path / 'vllm'}"]
+    cache = tmp_path / "vllm" / "cache"
+    kill_amid_capture([PROGRAM, "cache", str(DEMO), *settings], cache, tmp_path / "log")
+    assert not all((cache / split / "index.json").exists() for split in SPLITS)
+
     done = distill("cache", DEMO, *settings)
     assert done.returncode == 0, done.stderr
-    assert "capture: 1,024 of 1,024 tokens" in done.stderr
-    for split in SPLITS:
-        assert distill("verify", tmp_path / "vllm" / "cache" / split).returncode == 0
+    assert "of 1,024 tokens (100%)" in done.stderr
+    assert [distill("verify", cache / split).returncode for split in SPLITS] == [0, 0]
     again = distill("cache", DEMO, *settings)
     assert again.returncode == 0
     assert "vllm" not in again.stderr  # what is complete needs no engine
