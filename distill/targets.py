@@ -81,9 +81,11 @@ class SparseTargets:
 
     def to(self, device: torch.device | str) -> "SparseTargets":
         """Return the targets on `device`."""
+        # What comes to the host is read at once, so it has to be there.
+        is_host = torch.device(device).type == "cpu"
 
         def move(values: Tensor) -> Tensor:
-            return values.to(device, non_blocking=True)
+            return values.to(device, non_blocking=not is_host)
 
         return self._map(move, move)
 

@@ -73,12 +73,13 @@ def measure(vocab_size: int, hidden_size: int, num_tokens: int, rounds: int) -> 
     """Ratios of one case."""
     inputs = make_inputs(vocab_size, hidden_size, num_tokens)
     times: dict[str, list[float]] = {name: [] for name in WAYS}
-    for _ in range(rounds):
+    for _ in range(1 + rounds):
         for name, way in WAYS.items():
             started = time.perf_counter()
             way(inputs)
             times[name].append(time.perf_counter() - started)
-    seconds = {name: statistics.median(values) for name, values in times.items()}
+    # The first round warms up.
+    seconds = {name: statistics.median(values[1:]) for name, values in times.items()}
     del inputs
     context = multiprocessing.get_context("spawn")
     peaks = {}

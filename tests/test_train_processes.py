@@ -76,7 +76,7 @@ def test_two_processes_killed_at_random_moments_end_with_the_same_bits(
     tiny_yaml: Path, tmp_path: Path
 ) -> None:
     moments = random.Random(0)
-    many = "train.epochs=10"  # no kill may come after the last step
+    many = "train.epochs=5"  # no kill may come after the last step
     finish(launch(2, tiny_yaml, tmp_path / "unbroken", many))
     folder = tmp_path / "killed"
     checkpoints = Checkpoints(folder / "checkpoints", {}, keep=1)

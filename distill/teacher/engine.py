@@ -137,8 +137,9 @@ class VllmTeacher:
             self._forget_waiting()
 
     def close(self) -> None:
-        """End the engine's processes."""
+        """End the engine's processes, and what watches over them."""
         self._engine.engine_core.shutdown(SHUTDOWN_SECONDS)
+        self._engine = None
 
     def _send(self, block: Block) -> _Pending:
         from vllm import SamplingParams
