@@ -216,7 +216,7 @@ def test_trainer_in_bfloat16_with_recomputed_layers_is_near_float32(demo: Path) 
     for is_small in (False, True):
         student, cache = open_demo(demo)
         if is_small:
-            student.gradient_checkpointing_enable()
+            student.activation_checkpointing_enable()
         args = arguments(per_device_train_batch_size=4, max_steps=3, bf16=is_small)
         losses.append(losses_of(trainer_of(student, args, cache, WEIGHTS)))
     assert losses[0] != losses[1]
