@@ -4,8 +4,10 @@ Shape suffixes: B blocks.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from distill.cache.joined import JoinedCache
@@ -69,7 +71,8 @@ class CacheDataset(IterableDataset[Batch]):
         self.cache, self.batch_blocks, self.seed = cache, batch_blocks, seed
         self.rank, self.num_ranks, self.temperature = rank, num_ranks, temperature
         # Shared memory: workers that a DataLoader keeps (persistent_workers) see the next epoch.
-        self._position = torch.zeros(2, dtype=torch.int64).share_memory_()
+        position: Any = torch.zeros(2, dtype=torch.int64)  # its method is untyped in torch
+        self._position: Tensor = position.share_memory_()
 
     def set_epoch(self, epoch: int, blocks_taken: int = 0) -> None:
         """Say which epoch the next iteration goes through, and how much of it is done already.

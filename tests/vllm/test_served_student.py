@@ -70,6 +70,7 @@ def served(folder: Path, log: Path) -> Iterator[str]:
         _, alive = psutil.wait_procs([family, *children], timeout=60)
         for process in alive:
             process.kill()
+        server.wait()
     assert not alive, "the server did not end when asked to"
 
 
@@ -85,16 +86,25 @@ def _wait_until_it_answers(server: "subprocess.Popen[bytes]", url: str, log: Pat
             time.sleep(0.5)
 
 
-def complete(url: str, **settings: Any) -> dict[str, Any]:
-    """Return the first choice of /v1/completions."""
+def complete(url: str, prompt: str | list[int]) -> dict[str, Any]:
+    """Ask for 12 tokens, the likeliest each; return their ids and log-probabilities."""
+    settings = {
+        "model": "student",
+        "prompt": prompt,
+        "temperature": 0,
+        "max_tokens": 12,
+        "ignore_eos": True,
+        "logprobs": 5,
+        "return_tokens_as_token_ids": True,
+    }
     request = urllib.request.Request(
         f"{url}/v1/completions",
-        json.dumps({"model": "student", "temperature": 0, **settings}).encode(),
+        json.dumps(settings).encode(),
         {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
-        choice: dict[str, Any] = json.load(answer)["choices"][0]
-    return choice
+        logprobs: dict[str, Any] = json.load(answer)["choices"][0]["logprobs"]
+    return logprobs
 
 
 def id_of(token: str) -> int:
@@ -107,29 +117,22 @@ def test_server_gives_the_log_probabilities_of_transformers(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(student_folder)
     student = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
-    prompt = tokenizer("The cat sees the old riv")["input_ids"]
+    text = "The cat sees the old riv"
+    prompt = tokenizer(text)["input_ids"]
     with served(student_folder, tmp_path / "log") as url:
-        choice = complete(
-            url,
-            prompt=prompt,
-            max_tokens=12,
-            ignore_eos=True,
-            logprobs=5,
-            return_tokens_as_token_ids=True,
-        )
-        text = complete(url, prompt="The cat sees the old riv", max_tokens=12, ignore_eos=True)
-    answered = [id_of(token) for token in choice["logprobs"]["tokens"]]
+        found = complete(url, prompt)
+        assert complete(url, text)["tokens"] == found["tokens"]  # its tokenizer is served too
+    answered = [id_of(token) for token in found["tokens"]]
     assert len(answered) == 12
-    assert text["text"] == choice["text"] == tokenizer.decode(answered)
 
     with torch.no_grad():
         logits_TV = student(torch.tensor([prompt + answered])).logits[0, len(prompt) - 1 : -1]
     logprobs_TV = logits_TV.log_softmax(-1)
+    top_T = logprobs_TV.max(-1).values
     assert answered == logprobs_TV.argmax(-1).tolist()
-    assert (logprobs_TV.exp().max(-1).values > 5 / logits_TV.shape[1]).all()  # it has learned
-    found_T = torch.tensor(choice["logprobs"]["token_logprobs"])
-    assert (found_T - logprobs_TV.max(-1).values).abs().max() < NATS
-    for logprobs_V, top in zip(logprobs_TV, choice["logprobs"]["top_logprobs"], strict=True):
+    assert (top_T.exp() > 5 / logits_TV.shape[1]).all()  # it has learned something
+    assert (torch.tensor(found["token_logprobs"]) - top_T).abs().max() < NATS
+    for logprobs_V, top in zip(logprobs_TV, found["top_logprobs"], strict=True):
         assert len(top) == 5
         for token, logprob in top.items():
             assert abs(float(logprobs_V[id_of(token)]) - logprob) < NATS
