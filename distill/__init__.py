@@ -10,22 +10,56 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distill.cache.dataset import CacheDataset as CacheDataset
+    from distill.cache.joined import JoinedCache as JoinedCache
+    from distill.cache.joined import open_joined as open_joined
+    from distill.cache.reader import Batch as Batch
     from distill.cache.reader import Cache as Cache
     from distill.cache.reader import open_cache as open_cache
     from distill.capture import capture as capture
+    from distill.config import CacheConfig as CacheConfig
+    from distill.config import CaptureConfig as CaptureConfig
+    from distill.config import CardConfig as CardConfig
+    from distill.config import DataConfig as DataConfig
+    from distill.config import EvaluationConfig as EvaluationConfig
     from distill.config import ExperimentConfig as ExperimentConfig
+    from distill.config import PretrainedStudentConfig as PretrainedStudentConfig
+    from distill.config import PrunedStudentConfig as PrunedStudentConfig
+    from distill.config import ResidentTeacherConfig as ResidentTeacherConfig
+    from distill.config import SampledConfig as SampledConfig
+    from distill.config import ScratchStudentConfig as ScratchStudentConfig
+    from distill.config import SourceConfig as SourceConfig
+    from distill.config import StreamedTeacherConfig as StreamedTeacherConfig
+    from distill.config import ThresholdConfig as ThresholdConfig
+    from distill.config import TopKConfig as TopKConfig
+    from distill.config import TrainConfig as TrainConfig
+    from distill.config import VllmTeacherConfig as VllmTeacherConfig
     from distill.config import load as load_config  # noqa: F401  # public under this name
+    from distill.distillation_model import DistillationModel as DistillationModel
+    from distill.errors import CacheError as CacheError
+    from distill.errors import CheckpointError as CheckpointError
+    from distill.errors import ConfigError as ConfigError
     from distill.errors import DistillError as DistillError
+    from distill.errors import EvalError as EvalError
+    from distill.errors import MismatchError as MismatchError
+    from distill.errors import StorageError as StorageError
+    from distill.errors import TeacherError as TeacherError
+    from distill.errors import TrainingError as TrainingError
+    from distill.errors import WorkerError as WorkerError
     from distill.evaluate.compare import evaluate as evaluate
+    from distill.evaluate.fidelity import measure as measure
     from distill.head import DistillationHead as DistillationHead
+    from distill.head import HeadTargets as HeadTargets
     from distill.losses import LossWeights as LossWeights
     from distill.losses import distillation_loss as distillation_loss
     from distill.targets import SparseTargets as SparseTargets
     from distill.train import train as train
 
 _HOMES = {
+    "Batch": "distill.cache.reader",
     "Cache": "distill.cache.reader",
     "CacheConfig": "distill.config",
+    "CacheDataset": "distill.cache.dataset",
     "CacheError": "distill.errors",
     "CaptureConfig": "distill.config",
     "CardConfig": "distill.config",
@@ -34,9 +68,12 @@ _HOMES = {
     "DataConfig": "distill.config",
     "DistillError": "distill.errors",
     "DistillationHead": "distill.head",
+    "DistillationModel": "distill.distillation_model",
     "EvalError": "distill.errors",
     "EvaluationConfig": "distill.config",
     "ExperimentConfig": "distill.config",
+    "HeadTargets": "distill.head",
+    "JoinedCache": "distill.cache.joined",
     "LossWeights": "distill.losses",
     "MismatchError": "distill.errors",
     "PretrainedStudentConfig": "distill.config",
@@ -59,7 +96,9 @@ _HOMES = {
     "distillation_loss": "distill.losses",
     "evaluate": "distill.evaluate.compare",
     "load_config": "distill.config",
+    "measure": "distill.evaluate.fidelity",
     "open_cache": "distill.cache.reader",
+    "open_joined": "distill.cache.joined",
     "train": "distill.train",
 }
 

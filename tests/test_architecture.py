@@ -49,6 +49,7 @@ LAYERS = [
         "cache.validate",
         "cache.writer",
         "cache.reader",
+        "cache.dataset",
         "cache.inspect",
         "cache.rows",
         "identity",
