@@ -7,22 +7,13 @@ divides once, by the global number of rows, so gradient accumulation cannot skew
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from distill.config.base import Divergence
 from distill.errors import MismatchError
 from distill.targets import SparseTargets
-
-Divergence = Literal[
-    "forward_kl",
-    "reverse_kl",
-    "jensen_shannon",
-    "skewed_forward_kl",
-    "skewed_reverse_kl",
-    "total_variation",
-]
 
 _FLOOR = 1e-10
 """Least teacher probability in a divergence that divides by it; codes of a cache end at 1e-7."""

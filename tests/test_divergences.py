@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from distill.config import SampledConfig, TargetsConfig, ThresholdConfig, TopKConfig, TrainConfig
+from distill.config.base import Divergence
 from distill.draw import draw
 from distill.errors import MismatchError
 from distill.head import DistillationHead, HeadTargets
-from distill.losses import Divergence, LossWeights, distillation_loss
+from distill.losses import LossWeights, distillation_loss
 from distill.schedules import kl_weight_at
 from distill.targets import SparseTargets
 from distill.uniforms import row_uniforms

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from distill.config.base import STRICT, Dtype, Fraction, Positive, PositiveFloat
+from distill.config.base import STRICT, Divergence, Dtype, Fraction, Positive, PositiveFloat
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -16,14 +16,7 @@ class TrainConfig:
     """Weight of KL(teacher || student), nats a row."""
     ce_weight: Annotated[float, Field(ge=0)] = 0.1
     """Weight of the cross-entropy with the true next token, nats a row."""
-    divergence: Literal[
-        "forward_kl",
-        "reverse_kl",
-        "jensen_shannon",
-        "skewed_forward_kl",
-        "skewed_reverse_kl",
-        "total_variation",
-    ] = "forward_kl"
+    divergence: Divergence = "forward_kl"
     """What kl_weight weighs; all but forward_kl need exact targets (top_k)."""
     divergence_mix: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """beta of jensen_shannon, alpha of the skewed divergences (0.1 is usual there)."""
