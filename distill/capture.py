@@ -132,6 +132,7 @@ def prepare(config: ExperimentConfig) -> dict[str, Manifest]:
                 spools[split].add(block)
                 bar.advance(config.data.block_length)
         for split, spool in spools.items():
+            _require_rows(split, spool)
             made = make_manifest(fields, split, spool.finish(), spool.num_blocks, spool.num_rows)
             folder = config.cache_folder(split)
             require_same(manifests.get(split, made), made, folder)
@@ -139,6 +140,14 @@ def prepare(config: ExperimentConfig) -> dict[str, Manifest]:
                 write_manifest(Folder(folder), made)
                 manifests[split] = made
     return manifests
+
+
+def _require_rows(split: str, spool: BlockSpool) -> None:
+    if spool.num_rows == 0:
+        raise ConfigError(
+            f"no token of the {spool.num_blocks} {split} blocks counts: every loss mask is empty.\n"
+            "  Of chats, only what the assistant says counts; do these have assistant turns?"
+        )
 
 
 def require_same(found: Manifest, wanted: Manifest, folder: str) -> None:

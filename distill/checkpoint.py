@@ -54,10 +54,15 @@ class Checkpoints:
         """Return the step of the newest checkpoint, 0 if there is none."""
         return max(self._steps(), default=0)
 
-    def save(self, accelerator: Accelerator, step: int) -> None:
+    def save(self, accelerator: Accelerator, step: int, also_keep: int | None = None) -> None:
         """Publish the state after `step` steps, then drop all but the newest checkpoints.
 
         All processes write into one folder, which gets its name when all are done.
+
+        Args:
+            accelerator: Holds model, optimiser and what else was registered with it.
+            step: How many steps were taken.
+            also_keep: A step whose checkpoint stays however old it gets.
 
         Raises:
             StorageError: no space; older checkpoints are untouched.
@@ -78,7 +83,8 @@ class Checkpoints:
             if accelerator.is_main_process:
                 publish_folder(temporary, target)
                 for old in sorted(self._steps())[: -self._keep]:
-                    shutil.rmtree(self.path(old))
+                    if old != also_keep:
+                        shutil.rmtree(self.path(old))
         accelerator.wait_for_everyone()
 
     def load(self, accelerator: Accelerator) -> int:

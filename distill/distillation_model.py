@@ -5,8 +5,10 @@ Shape suffixes: B blocks, T positions, D hidden size, R rows that count.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from distill.config import TrainConfig
 from distill.errors import MismatchError
 from distill.head import DistillationHead, HeadTargets
 from distill.losses import LossRows
@@ -30,6 +32,12 @@ class DistillationModel(nn.Module):
             )
         student.set_output_embeddings(DistillationHead.adopt(head))
         self.student = student
+        self._no_split_modules = student._no_split_modules
+        """Layers that FSDP2 shards one by one; Accelerate looks for them here."""
+
+    def tie_weights(self) -> None:
+        """Share the embedding's weight with the head again, where the student does; for FSDP2."""
+        self.student.tie_weights()
 
     def forward(
         self,
@@ -54,3 +62,35 @@ class DistillationModel(nn.Module):
         head = self.student.get_output_embeddings()
         loss: tuple[Tensor, LossRows] = head.loss(hidden_BTD[row_mask_BT], targets)
         return loss
+
+
+def trainable(student: Any, settings: TrainConfig) -> DistillationModel:
+    """Make a student ready to be trained: dtypes, adapters, recomputation, compilation.
+
+    Args:
+        student: A causal language model of transformers, changed in place.
+        settings: How it is trained.
+
+    Raises:
+        ConfigError: `train.lora.modules` does not fit the student.
+        MismatchError: the student's head is none that the loss can be fused with.
+    """
+    if settings.lora is None:
+        student = student.float()
+    else:
+        from distill.adapters import add_adapters
+
+        student = student.to(getattr(torch, settings.precision))
+        student = add_adapters(student, settings.lora)  # these are float32
+    if settings.gradient_checkpointing:
+        # Its name since transformers 5.20.
+        enable = getattr(student, "activation_checkpointing_enable", None)
+        (enable or student.gradient_checkpointing_enable)()
+    model = DistillationModel(student)
+    if settings.compile:
+        for module in student.modules():
+            if type(module).__name__ in student._no_split_modules:
+                # The layers only: they share one compilation, and the mask that keeps packed
+                # documents apart is made outside, from data that a compiler does not see.
+                module.compile()
+    return model

@@ -5,13 +5,44 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from distill.checkpoint import plain_storage_errors
+from distill.config import TrainConfig
 from distill.files import whole_folder, write_json_atomically
 
 PROVENANCE = "distill.json"
 """In the folder of a student: what it was made with."""
+
+
+def gather_student(accelerator: Accelerator, model: Any, settings: TrainConfig) -> Any:
+    """Return a trained student whole, in the memory of the main process; None on the others.
+
+    Args:
+        accelerator: All of its processes must call this: each may hold a shard of every weight.
+        model: A `DistillationModel` that it prepared.
+        settings: How it was trained.
+    """
+    state = accelerator.get_state_dict(model)
+    if not accelerator.is_main_process:
+        return None
+    student = accelerator.unwrap_model(model).student
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(student.config)
+        if settings.lora is not None:
+            from distill.adapters import add_adapters
+
+            whole = add_adapters(whole, settings.lora)
+    # Tied weights may stand in the state once or twice; strict loading would ask for both.
+    named = {name.removeprefix("student."): value for name, value in state.items()}
+    missing = whole.load_state_dict(named, strict=False, assign=True).missing_keys
+    whole.tie_weights()
+    lost = [name for name in missing if whole.get_parameter(name).is_meta]
+    assert not lost, f"not gathered: {lost}"
+    whole.generation_config = student.generation_config
+    return whole
 
 
 def save_student(
@@ -38,6 +69,7 @@ def save_student(
         tokenizer.save_pretrained(temporary)
         write_json_atomically(temporary / PROVENANCE, dict(provenance))
         for name, content in files.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_bytes(content)
 
 

@@ -28,9 +28,12 @@ def require_fit(
 
     Raises:
         MismatchError: both sides are shown.
+        CacheError: the cache has nothing to learn from.
         ConfigError: the student could not be saved as its teacher's licence demands.
     """
     require_licence(config)
+    if cache.num_rows == 0:
+        raise CacheError(f"no row of {cache.url} counts: every loss mask is empty.")
     manifest, settings = cache.manifest, to_tree(config)
     keys = ("model", "dtype", "licence")
     found = {
@@ -101,8 +104,6 @@ def count_steps(cache: Cache | JoinedCache, settings: TrainConfig, num_processes
             f"train.blocks_per_step is {settings.blocks_per_step}, but {settings.epochs:g} epochs "
             f"of {cache.url} are {num_blocks} blocks. Lower it, or capture more data."
         )
-    if cache.num_rows == 0:
-        raise CacheError(f"no row of {cache.url} counts: every loss mask is empty.")
     return num_blocks // settings.blocks_per_step
 
 

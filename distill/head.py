@@ -85,7 +85,7 @@ class _FusedLoss(torch.autograd.Function):
         chunks = _Chunks(hidden_RD, weight_VD, bias_V, needs=ctx.needs_input_grad[:3])
         rows = chunks.run(targets)
         ctx.grads = chunks.gradients()
-        parts = (rows.loss_R, rows.kl_R, rows.ce_R, rows.agrees_R)
+        parts = tuple(getattr(rows, name) for name in LossRows.__slots__)
         ctx.mark_non_differentiable(*parts)
         return (rows.loss_R.sum(), *parts)
 
@@ -154,7 +154,10 @@ class _Chunks:
                 self._add_gradients(slice(start, stop), buffer_RV)
         if not parts:
             empty = self.hidden_RD.new_zeros(0, dtype=torch.float32)
-            return LossRows(empty, empty.clone(), empty.clone(), empty.bool())
+            is_bool = ("agrees_R", "hits_R")
+            return LossRows(
+                *(empty.bool() if n in is_bool else empty.clone() for n in LossRows.__slots__)
+            )
         return LossRows(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     def gradients(self) -> tuple[Tensor | None, ...]:
@@ -178,8 +181,8 @@ class _Chunks:
 
 def _piece_loss(
     logits_RV: Tensor, labels_R: Tensor, sparse: SparseTargets, targets: HeadTargets
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Values as in `LossRows`, and the gradient of their weighted sum in the logits."""
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Values in the order of `LossRows`, and the gradient of their weighted sum in the logits."""
     weights = targets.weights
     logits_RV[:, targets.vocab_size :] = -torch.inf
     kl_weight_R, ce_weight_R = weights.of_rows(sparse, targets.vocab_size)
@@ -190,7 +193,8 @@ def _piece_loss(
         logits_RV.gather(1, labels_R[:, None])[:, 0],
         logits_RV[rows_N, sparse.ids_N],
     )
-    probs_RV, logz_R = _softmax(logits_RV, top_R, likeliest_R)
+    probs_RV, confidence_R = _softmax(logits_RV, likeliest_R)
+    logz_R = top_R - confidence_R.log()
     ce_R = logz_R - label_R
     if temperature == 1:
         logq_N = entries_N - logz_R[rows_N]
@@ -199,21 +203,26 @@ def _piece_loss(
             grad_RV, logq_N, rows_N, sparse, weights, (kl_weight_R, ce_weight_R)
         )
     else:
-        grad_RV, warm_R = _softmax(logits_RV.div_(temperature), top_R / temperature, likeliest_R)
-        logq_N = entries_N / temperature - warm_R[rows_N]
+        grad_RV, warmest_R = _softmax(logits_RV.div_(temperature), likeliest_R)
+        logq_N = entries_N / temperature - (top_R / temperature - warmest_R.log())[rows_N]
         none_R = torch.zeros_like(ce_weight_R)
         costs = _add_divergence(grad_RV, logq_N, rows_N, sparse, weights, (kl_weight_R, none_R))
         grad_RV.mul_(1 / temperature).addcmul_(probs_RV, ce_weight_R[:, None])
     grad_RV.scatter_add_(1, labels_R[:, None], -ce_weight_R[:, None])
     divergence_R, kl_R = costs
     loss_R = kl_weight_R * divergence_R + ce_weight_R * ce_R
-    return (loss_R, kl_R, ce_R, agrees_R), grad_RV
+    q_N = logq_N.detach().exp() * sparse.is_head()
+    overlap_R, inside_R = torch.zeros_like(ce_R), torch.zeros_like(ce_R)
+    overlap_R.index_add_(0, rows_N, torch.minimum(q_N, sparse.weights_N))
+    outside_R = 1 - inside_R.index_add_(0, rows_N, q_N)
+    values = (loss_R, kl_R, ce_R, agrees_R, likeliest_R == labels_R, confidence_R)
+    return (*values, overlap_R, outside_R), grad_RV
 
 
-def _softmax(logits_RV: Tensor, top_R: Tensor, likeliest_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax, and log-sum-exp by way of the likeliest token: one pass in place of two."""
+def _softmax(logits_RV: Tensor, likeliest_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax, and its largest value: log-sum-exp follows from it without a pass of its own."""
     probs_RV = logits_RV.softmax(-1)
-    return probs_RV, top_R - probs_RV.gather(1, likeliest_R[:, None])[:, 0].log()
+    return probs_RV, probs_RV.gather(1, likeliest_R[:, None])[:, 0]
 
 
 def _add_divergence(

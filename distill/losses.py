@@ -55,9 +55,17 @@ class LossRows:
     """Cross-entropy with the true next token at temperature 1."""
     agrees_R: Tensor
     """Whether the student's likeliest token is the teacher's, bool."""
+    hits_R: Tensor
+    """Whether it is the true next token, bool."""
+    confidence_R: Tensor
+    """Its probability at temperature 1."""
+    overlap_R: Tensor
+    """sum of min(t_i, q_i) over the ids whose probability t_i is stored, the head of a row."""
+    outside_R: Tensor
+    """What the student gives to all other ids, at the targets' temperature."""
 
     def sums(self) -> Tensor:
-        """Sums over rows of the four, float32 [4]."""
+        """Sums over rows of the first four, float32 [4]."""
         parts = (self.loss_R, self.kl_R, self.ce_R, self.agrees_R)
         return torch.stack([part.float().sum() for part in parts])
 

@@ -50,7 +50,7 @@ def student_files(
         *(f"**{found.built_with}**" for found in licences.duties(config)),
         _summary(config, student, is_trained),
         f"## How to load it\n\n```python\n{_usage(name)}```",
-        f"## Results\n\n{_BEGIN}\n{_held_out(config.run_folder, is_trained)}\n{_END}",
+        f"## Results\n\n{_BEGIN}\n{_held_out(config, is_trained)}\n{_END}",
         f"## Teacher\n\n{_items(manifest.teacher)}",
         f"## Data\n\n{_data(config, manifest)}",
         f"## Targets\n\n{_items(manifest.targets | {'seed': manifest.seed})}",
@@ -131,16 +131,18 @@ def _usage(name: str) -> str:
     )
 
 
-def _held_out(run_folder: Path, is_trained: bool) -> str:
-    metrics = _metrics(run_folder) if is_trained else []
+def _held_out(config: ExperimentConfig, is_trained: bool) -> str:
+    metrics = _metrics(config.run_folder) if is_trained else []
     measured = [values for values in metrics if "eval/kl_nats" in values]
     if not measured:
         return "Not measured yet: `distill eval` fills this in."
-    last = measured[-1]
+    kept = measured[-1]
+    if config.train.keep_best:
+        kept = min(measured, key=lambda values: float(values["eval/kl_nats"]))
     return (
-        f"On held-out blocks after {last['step']:,} steps: cross-entropy "
-        f"{last['eval/ce_nats']:.4f} nats, KL(teacher || student) {last['eval/kl_nats']:.4f} nats, "
-        f"top-1 agreement with the teacher {100 * last['eval/agreement']:.1f} %."
+        f"On held-out blocks after {kept['step']:,} steps: cross-entropy "
+        f"{kept['eval/ce_nats']:.4f} nats, KL(teacher || student) {kept['eval/kl_nats']:.4f} nats, "
+        f"top-1 agreement with the teacher {100 * kept['eval/agreement']:.1f} %."
     )
 
 
@@ -174,7 +176,12 @@ def _training(config: ExperimentConfig, manifest: Manifest) -> str:
     num_steps = max((values["step"] for values in _metrics(config.run_folder)), default=0)
     num_tokens = num_steps * config.train.blocks_per_step * manifest.block_length
     return _items(
-        {"steps": f"{num_steps:,}", "tokens": f"{num_tokens:,}", "seed": config.seed, **settings}
+        {
+            "steps": f"{num_steps:,}",
+            "tokens": f"{num_tokens:,}",
+            "seed": config.seed,
+            **_flat(settings),
+        }
     )
 
 

@@ -14,9 +14,18 @@ _WARMUP, _DECAY = 0.1, 0.2
 
 def learning_rate_schedule(config: TrainConfig, optimizer: Optimizer, num_steps: int) -> Any:
     """Return transformers' scheduler for `train.schedule`, which is stepped once a step."""
-    name, options = str(config.schedule), {}
-    if config.schedule == "wsd":
-        name, options = "warmup_stable_decay", {"num_decay_steps": math.ceil(_DECAY * num_steps)}
+    low = config.min_learning_rate
+    decay = {
+        "num_decay_steps": math.ceil(_DECAY * num_steps),
+        "min_lr_ratio": low / config.learning_rate,
+    }
+    shapes: dict[str, tuple[str, dict[str, float]]] = {
+        "cosine": ("cosine_with_min_lr", {"min_lr": low}),
+        "linear": ("polynomial", {"lr_end": low, "power": 1.0}),
+        "constant": ("constant_with_warmup", {}),
+        "wsd": ("warmup_stable_decay", decay),
+    }
+    name, options = shapes[config.schedule]
     return get_scheduler(
         name,
         optimizer,

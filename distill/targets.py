@@ -59,6 +59,13 @@ class SparseTargets:
         rows_R = torch.arange(self.num_rows, device=self.counts_R.device)
         return torch.repeat_interleave(rows_R, self.counts_R, output_size=len(self.ids_N))
 
+    def is_head(self) -> Tensor:
+        """Return whether each entry is one of the head, bool [N]."""
+        rows_N = self.row_of_entry()
+        starts_R = self.counts_R.cumsum(0) - self.counts_R
+        places_N = torch.arange(len(rows_N), device=rows_N.device) - starts_R[rows_N]
+        return places_N < self.num_head_R[rows_N]
+
     def slice_rows(self, first: int, last: int, starts_R: Tensor) -> "SparseTargets":
         """Return rows first .. last - 1; `starts_R` [R + 1], on the CPU: first entry of each."""
         entries = slice(int(starts_R[first]), int(starts_R[last]))

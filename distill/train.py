@@ -5,34 +5,34 @@ micro-batches and processes, so how a step is cut does not change it.
 """
 
 import math
-import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
 
-from distill.cache.joined import JoinedCache, open_joined
+from distill.cache.joined import open_joined
 from distill.cache.reader import Batch, open_cache
 from distill.checkpoint import Checkpoints
 from distill.config import ExperimentConfig, TrainConfig, to_tree
-from distill.distillation_model import DistillationModel
-from distill.errors import ConfigError, TrainingError
+from distill.distillation_model import trainable
+from distill.errors import TrainingError
 from distill.evaluate.fidelity import measure, score
-from distill.export import save_student
+from distill.export import gather_student, save_student
+from distill.fingerprint import of_settings
 from distill.fit import count_steps, not_finite, require_fit, training_identity
+from distill.held_out import HeldOutRecord
+from distill.launch import launch, layout, start_trackers
 from distill.losses import LossWeights
 from distill.metrics import MetricsLog
 from distill.model_card import student_files
 from distill.models import out_of_memory_as
 from distill.progress import ProgressBar
 from distill.schedules import kl_weight_at, learning_rate_schedule
+from distill.steps import read_steps
 
 _LESS_MEMORY = (
     "Lower train.micro_batch_blocks or train.head_chunk_tokens, or set "
@@ -51,7 +51,7 @@ def train(
 
     Args:
         config: The experiment; `data`, `targets` and `seed` must be those of the cache.
-        student: A causal language model of transformers; trained in place, in float32.
+        student: A causal language model of transformers; taken over, do not use it any more.
         tokenizer: Its tokenizer; must be the cache's.
         resume: Continue an interrupted training from its newest checkpoint.
 
@@ -67,7 +67,7 @@ def train(
         ConfigError: the licence of the teacher is not met, found before anything is trained.
     """
     settings = config.train
-    accelerator = _accelerator(config)
+    accelerator = launch(config)
     cache = open_joined(config.training_folders())
     held_out = open_cache(config.cache_folder("held_out"))
     for each in (cache, held_out):
@@ -77,7 +77,7 @@ def train(
     identity = training_identity(config, cache)
     checkpoints = Checkpoints(
         config.run_folder / "checkpoints",
-        {**identity, "processes": accelerator.num_processes},
+        {**identity, "processes": layout(accelerator)},
         settings.keep_checkpoints,
     )
     if accelerator.is_main_process:
@@ -85,9 +85,7 @@ def train(
     accelerator.wait_for_everyone()
 
     set_seed(config.seed)
-    if settings.gradient_checkpointing:
-        student.gradient_checkpointing_enable()
-    model = DistillationModel(student.float())
+    model = trainable(student, settings)
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, settings.weight_decay),
         lr=settings.learning_rate,
@@ -96,22 +94,24 @@ def train(
     )
     schedule = learning_rate_schedule(settings, optimizer, num_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(schedule)
-    first_step = checkpoints.load(accelerator)
-    metrics = MetricsLog(
-        config.run_folder / "metrics.jsonl", first_step, accelerator.is_main_process
-    )
+    record = HeldOutRecord(settings)
+    accelerator.register_for_checkpointing(schedule, record)
+    step = first_step = checkpoints.load(accelerator)
+    start_trackers(accelerator, config, of_settings(identity), first_step)
+    metrics = MetricsLog(config.run_folder / "metrics.jsonl", first_step, accelerator)
     tokens_per_step = settings.blocks_per_step * cache.manifest.block_length
     model.train()
     bar = ProgressBar("train", num_steps * tokens_per_step, done=first_step * tokens_per_step)
+    ahead = range(first_step, first_step if record.should_stop else num_steps)
+    processes = (accelerator.process_index, accelerator.num_processes)
     with bar, out_of_memory_as(TrainingError, _LESS_MEMORY):
-        for step, batches in _steps(cache, config, accelerator, range(first_step, num_steps)):
+        for number, batches in read_steps(cache, config, *processes, ahead):
             started = time.monotonic()
-            weights = _loss_weights(settings, step, num_steps)
+            weights = _loss_weights(settings, number, num_steps)
             num_rows = accelerator.reduce(_count_rows(batches, accelerator.device), "sum")
             costs: list[torch.Tensor] = []
-            for number, batch in enumerate(batches, start=1):
-                is_last = number == len(batches)
+            for batch in batches:
+                is_last = batch is batches[-1]
                 with nullcontext() if is_last else accelerator.no_sync(model):
                     loss, rows = score(
                         model,
@@ -126,15 +126,16 @@ def train(
             totals = accelerator.reduce(torch.stack(costs).sum(0), "sum")
             loss_nats, kl, ce, agreement = (totals / num_rows).tolist()
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+            step = number + 1
             if not math.isfinite(loss_nats + float(grad_norm)):
-                raise not_finite(step + 1, loss_nats, float(grad_norm), batches, costs, checkpoints)
+                raise not_finite(step, loss_nats, float(grad_norm), batches, costs, checkpoints)
             optimizer.step()
             optimizer.zero_grad()
             learning_rate = schedule.get_last_lr()[0]
             schedule.step()
 
             metrics.write(
-                step + 1,
+                step,
                 {
                     "train/loss_nats": loss_nats,
                     "train/kl_weight": weights.kl,
@@ -146,44 +147,46 @@ def train(
                     "train/tokens_per_second": tokens_per_step / (time.monotonic() - started),
                 },
             )
-            bar.advance(
-                tokens_per_step, f"step {step + 1} of {num_steps}  KL {kl:.3f}  CE {ce:.3f}"
-            )
-            if _is_due(settings.eval_every, step + 1) or step + 1 == num_steps:
-                fidelity = measure(model, held_out, device=accelerator.device)
+            bar.advance(tokens_per_step, f"step {step} of {num_steps}  KL {kl:.3f}  CE {ce:.3f}")
+            if _is_due(settings.eval_every, step) or step == num_steps:
+                fidelity = measure(
+                    model, held_out, device=accelerator.device, accelerator=accelerator
+                )
                 metrics.write(
-                    step + 1,
+                    step,
                     {
                         "eval/kl_nats": fidelity.kl_nats.value,
                         "eval/ce_nats": fidelity.ce_nats.value,
                         "eval/agreement": fidelity.agreement.value,
                     },
                 )
-            if _is_due(settings.checkpoint_every, step + 1) and step + 1 < num_steps:
-                checkpoints.save(accelerator, step + 1)
+                record.add(step, fidelity.kl_nats.value)
+            is_best = record.step_to_keep == step
+            if (_is_due(settings.checkpoint_every, step) or is_best) and step < num_steps:
+                checkpoints.save(accelerator, step, also_keep=record.step_to_keep)
+            if record.should_stop:
+                break
 
-    accelerator.wait_for_everyone()
+    if record.step_to_keep not in (None, step):
+        step = record.step_to_keep
+        accelerator.load_state(str(checkpoints.path(step)))
     final = config.run_folder / "student" / "final"
-    if accelerator.is_main_process:
-        student = accelerator.unwrap_model(model).student.to(getattr(torch, settings.save_dtype))
-        card = student_files(config, cache.manifest, student, is_trained=True)
-        provenance = {"training": identity, "config": to_tree(config)}
-        save_student(final, student, tokenizer, provenance, card)
+    whole = gather_student(accelerator, model, settings)
+    if whole is not None:
+        files: dict[str, bytes] = {}
+        if settings.lora is not None:
+            from distill.adapters import merge
+
+            whole, files = merge(whole, final.with_name("initial"))
+        whole = whole.to(getattr(torch, settings.save_dtype))
+        files |= student_files(config, cache.manifest, whole, is_trained=True)
+        provenance = {"training": identity, "step": step, "config": to_tree(config)}
+        save_student(final, whole, tokenizer, provenance, files)
+        metrics.plot(config.run_folder / "loss.png")
+    for tracker in accelerator.trackers:
+        tracker.finish()
     accelerator.wait_for_everyone()
     return final
-
-
-def _accelerator(config: ExperimentConfig) -> Accelerator:
-    precision = "bf16" if config.train.precision == "bfloat16" else "no"
-    accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=precision)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise ConfigError(
-            f"the launcher started {launched} processes, but Accelerate sees "
-            f"{accelerator.num_processes}: each would train alone.\n"
-            "  On a CPU set `device: cpu` and use torchrun; on GPUs use accelerate launch."
-        )
-    return accelerator
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -193,35 +196,6 @@ def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-
-
-def _steps(
-    cache: JoinedCache, config: ExperimentConfig, accelerator: Accelerator, steps: range
-) -> Iterator[tuple[int, list[Batch]]]:
-    """Yield each step with this process's micro-batches; a thread reads one step ahead."""
-    settings = config.train
-    orders: dict[int, Any] = {}
-
-    def read(step: int) -> list[Batch]:
-        mine = []
-        first = step * settings.blocks_per_step + accelerator.process_index
-        for place in range(first, (step + 1) * settings.blocks_per_step, accelerator.num_processes):
-            epoch, within = divmod(place, len(cache))
-            if epoch not in orders:
-                orders.clear()
-                orders[epoch] = cache.epoch_order(config.seed, epoch)
-            mine.append(int(orders[epoch][within]))
-        size = settings.micro_batch_blocks
-        cuts = [mine[first : first + size] for first in range(0, len(mine), size)]
-        return [cache.batch(cut, settings.temperature) for cut in cuts]
-
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(read, steps.start) if steps else None
-        for step in steps:
-            assert ahead is not None
-            batches = ahead.result()
-            ahead = thread.submit(read, step + 1) if step + 1 in steps else None
-            yield step, batches
 
 
 def _loss_weights(settings: TrainConfig, step: int, num_steps: int) -> LossWeights:

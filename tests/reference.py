@@ -244,6 +244,23 @@ def clustered_mean(clusters: Sequence[Floats]) -> tuple[float, float]:
     return mean, math.sqrt(factor * math.fsum(squares)) / num_values
 
 
+def calibration_error(confidences: Floats, hits: Sequence[bool], num_bins: int = 10) -> float:
+    """Expected calibration error with equally wide bins that include their upper ends."""
+    total = 0.0
+    for number in range(num_bins):
+        low, high = number / num_bins, (number + 1) / num_bins
+        rows = [
+            (confidence, hit)
+            for confidence, hit in zip(confidences, hits, strict=True)
+            if low < confidence <= high or (number == 0 and confidence == 0)
+        ]
+        if rows:
+            mean = math.fsum(confidence for confidence, _ in rows) / len(rows)
+            accuracy = sum(hit for _, hit in rows) / len(rows)
+            total += len(rows) / len(confidences) * abs(accuracy - mean)
+    return total
+
+
 # Coding
 
 

@@ -24,8 +24,8 @@ LAYERS = [
     {
         "targets",
         "models",
-        "metrics",
         "draw",
+        "metrics",
         "tokens",
         "uniforms",
         "licences",
@@ -40,6 +40,9 @@ LAYERS = [
         "checkpoint",
         "export",
         "model_card",
+        "adapters",
+        "held_out",
+        "launch",
         "cache.storage",
         "cache.coding",
     },
@@ -56,7 +59,7 @@ LAYERS = [
     },
     {"teacher", "teacher.*", "workers", "workers.*"},
     {"capture", "evaluate", "evaluate.*"},
-    {"fit", "train", "estimate", "estimate.*"},
+    {"fit", "steps", "train", "estimate", "estimate.*"},
     {"cli", "cache_verbs"},
 ]
 """From the bottom: a module imports from its own layer or from below."""

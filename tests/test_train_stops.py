@@ -1,18 +1,24 @@
 """Trainings that must not go on, and how their learning rate moves."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from distill.cache.reader import open_cache
+from distill.capture import capture
 from distill.config import TrainConfig
-from distill.errors import MismatchError, TrainingError
+from distill.errors import CacheError, ConfigError, MismatchError, TrainingError
 from distill.models import out_of_memory_as
 from distill.schedules import learning_rate_schedule
+from distill.targets import SparseTargets
 from distill.train import train
 from students import build_student
-from tests.conftest import ConfigMaker
+from tests.conftest import ConfigMaker, write_cache
 from tests.test_train import TINY, _train_until, run
 
 pytestmark = pytest.mark.usefixtures("cache_copy")
@@ -41,6 +47,36 @@ def test_nan_weights_stop_before_the_first_step(tiny_config: ConfigMaker) -> Non
     with pytest.raises(TrainingError, match=r"step 1 has loss nan(.|\n)*checkpoint: none yet"):
         train(config, student, tokenizer)
     assert torch.equal(student.get_input_embeddings().weight, before)
+
+
+def test_chats_in_which_nothing_counts_are_refused_before_the_teacher_scores_them(
+    tiny_config: ConfigMaker, tmp_path: Path
+) -> None:
+    talks = [[{"role": "user", "content": f"is there anybody at door {n}?"}] for n in range(99)]
+    lines = (json.dumps({"text": talk}) + "\n" for talk in talks)
+    (tmp_path / "chats.jsonl").write_text("".join(lines))
+    config = tiny_config(
+        f"data.sources=[{{path: json, data_files: ['{tmp_path}/chats.jsonl'], format: chat}}]",
+        f"cache.folder={tmp_path / 'empty'}",
+    )
+    with pytest.raises(
+        ConfigError, match=r"no token of the \d+ train blocks counts(.|\n)*assistant"
+    ):
+        capture(config)
+    assert not list((tmp_path / "empty").rglob("manifest.json"))
+
+
+def test_cache_in_which_nothing_counts_is_refused(tiny_config: ConfigMaker, tmp_path: Path) -> None:
+    config = tiny_config(*TINY)
+    cache = open_cache(config.cache_folder("train"))
+    blocks = [
+        replace(cache.block(n)[0], loss_mask_T=np.zeros(32, dtype=np.bool_)) for n in range(6)
+    ]
+    empty = SparseTargets.empty().scatter_rows(torch.zeros(31, dtype=torch.bool))
+    for split in ("train", "held_out"):
+        write_cache(str(tmp_path / "empty" / split), cache.manifest, blocks, [empty] * 6)
+    with pytest.raises(CacheError, match="every loss mask is empty"):
+        run(tiny_config(*TINY, f"cache.folder={tmp_path / 'empty'}"))
 
 
 def test_exhausted_memory_is_a_training_error() -> None:

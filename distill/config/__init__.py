@@ -17,7 +17,7 @@ from distill.config.capture import (
 from distill.config.card import CardConfig
 from distill.config.experiment import EvaluationConfig, ExperimentConfig
 from distill.config.load import load, parse, to_tree
-from distill.config.student import TrainConfig
+from distill.config.student import LoraConfig, TrainConfig
 from distill.config.students import (
     PretrainedStudentConfig,
     PrunedStudentConfig,
@@ -38,6 +38,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "ExperimentConfig",
+    "LoraConfig",
     "PretrainedStudentConfig",
     "PrunedStudentConfig",
     "ResidentTeacherConfig",

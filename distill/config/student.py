@@ -7,6 +7,22 @@ from pydantic.dataclasses import dataclass
 
 from distill.config.base import STRICT, Divergence, Dtype, Fraction, Positive, PositiveFloat
 
+Tracker = Literal["tensorboard", "wandb"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoraConfig:
+    """Low-rank adapters in place of whole weights (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: Positive = 16
+    """Rank of each adapter."""
+    alpha: Positive = 32
+    """What an adapter adds is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of an adapter's input."""
+    modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the layers that get one, such as q_proj; `all-linear` leaves out only the head."""
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
@@ -32,8 +48,10 @@ class TrainConfig:
     learning_rate: PositiveFloat = 1e-4
     """Peak of the schedule."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape after warmup, to zero at the last step; `constant` stays, `wsd` falls over the last
-    fifth only."""
+    """Shape after warmup, to min_learning_rate at the last step; `constant` stays, `wsd` falls over
+    the last fifth only."""
+    min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    """Where the schedule ends."""
     warmup_fraction: Fraction = 0.05
     """Share of the steps in which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -52,20 +70,41 @@ class TrainConfig:
     """Autocast of the forward pass; weights and optimiser state stay float32."""
     save_dtype: Dtype = "bfloat16"
     """Weights of the finished student; training itself keeps float32."""
+    lora: LoraConfig | None = None
+    """Train adapters only; the weights below them are held in `precision`. The finished student has
+    them merged in, and its folder adapter/ has them alone."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile each decoder layer: a minute at the start, then faster steps on a GPU."""
     head_chunk_tokens: Positive | None = None
     """Rows whose logits over the whole vocabulary exist at a time; by default what 128 MiB hold."""
     eval_every: Positive | None = None
     """Steps between evaluations on the held-out blocks; by default only at the end."""
+    keep_best: bool = False
+    """Finish with the weights of the evaluation with the lowest KL, whose checkpoint stays on disk,
+    in place of the last step's."""
+    early_stop_evals: Positive | None = None
+    """Stop after so many evaluations in a row without a new lowest KL."""
     checkpoint_every: Positive | None = None
     """Steps between checkpoints; by default only at the end."""
     keep_checkpoints: Positive = 2
     """How many of the newest checkpoints stay on disk."""
+    trackers: tuple[Tracker, ...] = ()
+    """Where metrics go besides metrics.jsonl and loss.png."""
 
     def __post_init__(self) -> None:
         if self.kl_weight == 0 and self.ce_weight == 0:
             raise ValueError("kl_weight and ce_weight are both 0: there is nothing to learn")
+        if self.eval_every is None and (self.keep_best or self.early_stop_evals):
+            raise ValueError("keep_best and early_stop_evals need eval_every")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate ({self.min_learning_rate:g}) is above learning_rate "
+                f"({self.learning_rate:g})"
+            )
+        if self.schedule == "constant" and self.min_learning_rate:
+            raise ValueError("a constant schedule never reaches min_learning_rate")
         if self.blocks_per_step % self.micro_batch_blocks:
             raise ValueError(
                 f"blocks_per_step ({self.blocks_per_step}) must be a multiple of "

@@ -1,6 +1,6 @@
 """How close a student is to its teacher, on held-out blocks of a cache.
 
-Shape suffix: R rows that count.
+Shape suffixes: R rows that count, S segments of a block, C clusters of rows, N bins, M measures.
 """
 
 from collections.abc import Callable
@@ -8,16 +8,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from distill.cache.reader import Batch, Cache
+from distill.evaluate.calibration import Reliability, bin_sums
 from distill.head import HeadTargets
 from distill.losses import LossRows, LossWeights
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over rows with its standard error, clustered by block."""
+    """A mean over rows with its standard error, clustered by document."""
 
     value: float
     stderr: float
@@ -28,12 +31,22 @@ class Fidelity:
     """Means over all rows that count."""
 
     num_rows: int
+    num_documents: int
     ce_nats: Estimate
     """Cross-entropy with the true next tokens; exp of it is the perplexity."""
     kl_nats: Estimate
     """KL(teacher || model), honest: with the teacher's true entropy."""
     agreement: Estimate
     """Share of rows where the model's likeliest token is the teacher's."""
+    acceptance: tuple[Estimate, Estimate] | None
+    """Share of the model's draws that the teacher would accept in speculative decoding, the sum of
+    min(t, q) (Leviathan et al. 2023, arXiv:2211.17192): between the two. A cache holds the
+    teacher's tail as a whole, so less cannot be said; None of `sampled`, which holds no
+    probabilities. `distill.evaluate.dense` measures it exactly."""
+    reliability: Reliability
+    """Of the model's likeliest tokens."""
+    teacher_reliability: Reliability | None
+    """Of the teacher's; None where the cache lacks its probabilities at temperature 1."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return nested dicts of JSON values."""
@@ -46,6 +59,7 @@ def measure(
     cache: Cache,
     *,
     device: torch.device,
+    accelerator: Accelerator | None = None,
     on_block: Callable[[int], None] | None = None,
 ) -> Fidelity:
     """Score every block of `cache` with `model`.
@@ -54,22 +68,47 @@ def measure(
         model: A `DistillationModel`, possibly wrapped for several processes.
         cache: Held-out blocks of a cache whose tokenizer is the model's.
         device: Where the model is.
+        accelerator: In a training of several processes: each scores its share of the blocks, and
+            all get the same result.
         on_block: Called with the number of tokens after each block.
     """
     was_training = model.training
     model.eval()
-    blocks = []
-    for block_id in range(len(cache)):
-        batch = cache.batch([block_id]).to(device)
-        blocks.append(score(model, batch, cache.manifest.vocab_size, LossWeights(1, 0))[1])
+    first, stride = 0, 1
+    if accelerator is not None:
+        first, stride = accelerator.process_index, accelerator.num_processes
+    found = []
+    for number in range(-(-len(cache) // stride)):
+        # Who has none left scores the last block once more, for nothing: where weights are
+        # sharded, all processes must take part in each forward pass.
+        block_id = number * stride + first
+        batch = cache.batch([min(block_id, len(cache) - 1)]).to(device)
+        rows = score(model, batch, cache.manifest.vocab_size, LossWeights(1, 0))[1]
+        if block_id < len(cache):
+            found.append((block_id, *_sums_of_block(batch, rows)))
         if on_block is not None:
             on_block(cache.manifest.block_length)
     model.train(was_training)
+    if accelerator is not None:
+        found = gather_object(found)
+    found.sort(key=lambda block: block[0])
+    sums_CM, counts_C = by_document([block[1] for block in found])
+    means = [clustered_mean(sums_C, counts_C) for sums_C in sums_CM.unbind(1)]
+    ce, kl, agreement, least, most = means
+    has_probabilities = cache.manifest.targets["kind"] != "sampled"
+    is_warm = cache.manifest.temperature != 1
+    bins_N3, teacher_N3 = (torch.stack([b[place] for b in found]).sum(0) for place in (2, 3))
     return Fidelity(
-        num_rows=sum(len(rows.kl_R) for rows in blocks),
-        ce_nats=clustered_mean([rows.ce_R for rows in blocks]),
-        kl_nats=clustered_mean([rows.kl_R for rows in blocks]),
-        agreement=clustered_mean([rows.agrees_R.double() for rows in blocks]),
+        num_rows=int(counts_C.sum()),
+        num_documents=int((counts_C > 0).sum()),
+        ce_nats=ce,
+        kl_nats=kl,
+        agreement=agreement,
+        acceptance=(least, most) if has_probabilities else None,
+        reliability=Reliability.of(bins_N3),
+        teacher_reliability=Reliability.of(teacher_N3)
+        if has_probabilities and not is_warm
+        else None,
     )
 
 
@@ -88,22 +127,68 @@ def score(
     return result
 
 
-def clustered_mean(clusters: list[Tensor]) -> Estimate:
+def _sums_of_block(batch: Batch, rows: LossRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one block: sums by segment, and bins of the model and of the teacher."""
+    targets = batch.targets
+    most_R = rows.overlap_R + torch.minimum(rows.outside_R.clamp(min=0), targets.tail_mass_R)
+    values = (rows.ce_R, rows.kl_R, rows.agrees_R, rows.overlap_R, most_R)
+    firsts_R = targets.counts_R.cumsum(0) - targets.counts_R
+    teacher_hits_R = targets.ids_N[firsts_R] == batch.labels_R
+    return (
+        sums_by_segment(batch, torch.stack([value.double() for value in values], dim=1)),
+        bin_sums(rows.confidence_R, rows.hits_R),
+        bin_sums(targets.weights_N[firsts_R], teacher_hits_R),
+    )
+
+
+def sums_by_segment(batch: Batch, values_RM: Tensor) -> Tensor:
+    """Sum measures of the rows of one block over its segments: float64 [S, 1 + M], rows first."""
+    segments_T = (batch.position_ids_BT[0] == 0).cumsum(0) - 1
+    segments_R = segments_T[batch.row_mask_BT[0]]
+    sums_SM = values_RM.new_zeros(int(segments_T[-1]) + 1, 1 + values_RM.shape[1])
+    sums_SM[:, 0].index_add_(0, segments_R, torch.ones_like(values_RM[:, 0]))
+    sums_SM[:, 1:].index_add_(0, segments_R, values_RM)
+    return sums_SM.cpu()
+
+
+def by_document(blocks: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Join the segments of documents that go on in the next block.
+
+    The last segment of a block and the first of the next are taken for one document: they are,
+    unless a document ends with its block to the token, which only makes clusters larger.
+
+    Args:
+        blocks: Of each block in turn, sums by segment with the rows first, [S, 1 + M].
+
+    Returns:
+        Sums [C, M] and numbers of rows [C] of each document.
+    """
+    documents, last = [], -1
+    for sums_SM in blocks:
+        start = max(last, 0)
+        documents.append(torch.arange(start, start + len(sums_SM)))
+        last = start + len(sums_SM) - 1
+    joined_CM = torch.zeros(last + 1, blocks[0].shape[1], dtype=torch.float64)
+    joined_CM.index_add_(0, torch.cat(documents), torch.cat(blocks))
+    return joined_CM[:, 1:], joined_CM[:, 0]
+
+
+def clustered_mean(sums_C: Tensor, counts_C: Tensor) -> Estimate:
     """Mean over all rows, and its standard error where rows of a cluster hang together.
 
-    The ratio estimator: with e_b = sum of cluster b - mean * its rows, the variance of the mean is
-    B / (B - 1) * sum_b e_b^2 / rows^2 (Cochran 1977, section 6.3, for an unlimited
+    The ratio estimator: with e_c = sum of cluster c - mean * its rows, the variance of the mean is
+    C / (C - 1) * sum_c e_c^2 / rows^2 (Cochran 1977, section 6.3, for an unlimited
     population).
 
     Args:
-        clusters: Values of each cluster, one tensor [R] each.
+        sums_C: Sum of the values of each cluster, float64.
+        counts_C: Its number of rows; clusters without any are left out.
     """
-    sums = torch.stack([values.double().sum() for values in clusters]).cpu()
-    counts = torch.tensor([len(values) for values in clusters], dtype=torch.float64)
-    total = counts.sum()
-    mean = sums.sum() / total
-    num = len(clusters)
+    has_rows_C = counts_C > 0
+    sums_C, counts_C = sums_C[has_rows_C].double(), counts_C[has_rows_C].double()
+    total, num = counts_C.sum(), len(counts_C)
+    mean = sums_C.sum() / total
     if num < 2:
         return Estimate(float(mean), float("nan"))
-    variance = num / (num - 1) * ((sums - mean * counts) ** 2).sum() / total**2
+    variance = num / (num - 1) * ((sums_C - mean * counts_C) ** 2).sum() / total**2
     return Estimate(float(mean), float(variance.sqrt()))
