@@ -86,7 +86,9 @@ def top_k(masses: Masses, k: int) -> tuple[Tensor, Tensor]:
     if k >= num_blocks:
         return inside_RGJ.flatten(1)[:, :vocab_size].topk(k, dim=-1)
     blocks_RK = masses.largest_RG.topk(k, dim=-1, sorted=False).indices
-    found_RKJ = torch.gather(inside_RGJ, 1, blocks_RK[:, :, None].expand(-1, -1, BLOCK))
+    starts_R = torch.arange(len(blocks_RK), device=blocks_RK.device) * num_blocks
+    whole_N = (starts_R[:, None] + blocks_RK).flatten()  # copied by the block: half of a gather
+    found_RKJ = inside_RGJ.flatten(0, 1)[whole_N].view(*blocks_RK.shape, BLOCK)
     if vocab_size % BLOCK:  # what fills the last block up is never chosen, not even at equal 0
         is_outside_J = torch.arange(BLOCK, device=found_RKJ.device) >= vocab_size % BLOCK
         found_RKJ.masked_fill_((blocks_RK == num_blocks - 1)[:, :, None] & is_outside_J, -1)

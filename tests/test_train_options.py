@@ -142,8 +142,8 @@ def test_training_stops_when_evaluations_get_no_better(tiny_config: ConfigMaker)
 
 def test_record_counts_evaluations_since_the_best() -> None:
     settings = TrainConfig(eval_every=1, early_stop_evals=2, keep_best=True)
+    assert HeldOutRecord(settings).step_to_keep is None
     record, stops = HeldOutRecord(settings), []
-    assert record.step_to_keep is None
     for step, kl in enumerate([3.0, 2.0, 2.5, math.nan], start=1):
         stops.append(record.should_stop)
         record.add(step, kl)

@@ -77,7 +77,7 @@ def measure(
     first, stride = 0, 1
     if accelerator is not None:
         first, stride = accelerator.process_index, accelerator.num_processes
-    found = []
+    found: list[tuple[int, Tensor, Tensor, Tensor]] = []
     for number in range(-(-len(cache) // stride)):
         # Who has none left scores the last block once more, for nothing: where weights are
         # sharded, all processes must take part in each forward pass.
@@ -91,13 +91,12 @@ def measure(
     model.train(was_training)
     if accelerator is not None:
         found = gather_object(found)
-    found.sort(key=lambda block: block[0])
-    sums_CM, counts_C = by_document([block[1] for block in found])
+    _, sums, bins, teacher_bins = zip(*sorted(found, key=lambda block: block[0]), strict=True)
+    sums_CM, counts_C = by_document(list(sums))
     means = [clustered_mean(sums_C, counts_C) for sums_C in sums_CM.unbind(1)]
     ce, kl, agreement, least, most = means
     has_probabilities = cache.manifest.targets["kind"] != "sampled"
     is_warm = cache.manifest.temperature != 1
-    bins_N3, teacher_N3 = (torch.stack([b[place] for b in found]).sum(0) for place in (2, 3))
     return Fidelity(
         num_rows=int(counts_C.sum()),
         num_documents=int((counts_C > 0).sum()),
@@ -105,8 +104,8 @@ def measure(
         kl_nats=kl,
         agreement=agreement,
         acceptance=(least, most) if has_probabilities else None,
-        reliability=Reliability.of(bins_N3),
-        teacher_reliability=Reliability.of(teacher_N3)
+        reliability=Reliability.of(torch.stack(bins).sum(0)),
+        teacher_reliability=Reliability.of(torch.stack(teacher_bins).sum(0))
         if has_probabilities and not is_warm
         else None,
     )
