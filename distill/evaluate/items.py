@@ -165,7 +165,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
         if path.suffix == ".jsonl":
             lines = path.read_text(encoding="utf-8").split("\n")  # no U+2028: texts hold it
             return samples_of(_as_in_memory(json.loads(line)) for line in lines if line)
-        samples: list[dict[str, Any]] = json.loads(path.read_text())["samples"]
+        samples: list[dict[str, Any]] = json.loads(path.read_text()).get("samples", [])
         if all(sample.keys() >= {"doc_id", "doc_hash", "metrics"} for sample in samples):
             return samples
         problem = "an entry lacks doc_id, doc_hash or metrics"
