@@ -35,12 +35,12 @@ def test_items_add_up_as_lm_eval_adds_them() -> None:
 @pytest.mark.parametrize(
     ("values", "metric", "value", "reason"),
     [
-        ([1.0, 2.0, 6.0], "median", 2.0, "not the mean of its values"),
+        ([1.0, 2.0, 6.0], "median", 2.0, "not the mean of those"),
         ([[0, 1], [1, 1]], "f1", 0.7, "no numbers"),
         ([["a", "b"], ["c", "d"]], "bleu", 3.0, "no numbers"),
         ([1.0, None], "acc", 1.0, "no finite value"),
         ([[None, 3], [-2.0, 3]], "word_perplexity", 2.0, "no finite value"),
-        ([1.0, 0.0], "acc", None, "its value is not finite"),
+        ([1.0, 0.0], "acc", None, "the value is not finite"),
         ([], "acc", 0.5, "were not kept"),
     ],
 )

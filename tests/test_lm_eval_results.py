@@ -195,7 +195,7 @@ def test_results_without_samples_are_shown_but_not_tested(work: Path, tmp_path: 
     board = compare([work / "run", folder])
     assert {c.model for c in board.comparisons} == {"run/same"}
     assert (
-        "tiny_choice: no test of theirs against run/mine: its documents were not kept."
+        "tiny_choice: no test of theirs against run/mine: the documents were not kept (theirs)."
         in board.remarks
     )
 

@@ -101,9 +101,9 @@ def items_of(samples: Sequence[Mapping[str, Any]], metric: str, value: float | N
             a perplexity of them (a median, a corpus BLEU).
     """
     if value is None:
-        raise NotPairedError("its value is not finite")
+        raise NotPairedError("the value is not finite")
     if not samples:
-        raise NotPairedError("its documents were not kept")
+        raise NotPairedError("the documents were not kept")
     name = metric.partition(",")[0]
     aggregation = _OF_PAIRS.get(name) or _OF_NUMBERS.get(name, "mean")
     rows = [_terms(sample["metrics"].get(metric), name in _OF_PAIRS) for sample in samples]
@@ -118,7 +118,7 @@ def items_of(samples: Sequence[Mapping[str, Any]], metric: str, value: float | N
     if (np.diff(items.doc_ids_N) == 0).any():
         raise NotPairedError("some documents are listed twice")
     if not math.isclose(items.value, value, rel_tol=_TOLERANCE, abs_tol=1e-12):
-        raise NotPairedError(f"it is not the {aggregation} of its values on single documents")
+        raise NotPairedError(f"the value is not the {aggregation} of those on single documents")
     return items
 
 
@@ -183,7 +183,7 @@ def _terms(value: Any, is_pair: bool) -> tuple[float, float]:
         raise NotPairedError(
             "some documents have no finite value"
             if None in numbers
-            else "its values on single documents are no numbers"
+            else "the values on single documents are no numbers"
         )
     if not all(map(math.isfinite, numbers)):
         raise NotPairedError("some documents have no finite value")

@@ -65,7 +65,7 @@ class _Task:
     name: str
     models: dict[str, ModelResult]
     allow_mixed: bool
-    _items: dict[str, Items] = field(default_factory=dict)
+    _items: dict[str, Items | NotPairedError] = field(default_factory=dict)
     _problems: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     """Baseline and reason -> models that were not compared."""
 
@@ -124,8 +124,14 @@ class _Task:
 
     def _read(self, name: str) -> Items:
         if name not in self._items:
-            self._items[name] = self.models[name].tasks[self.name].items()
-        return self._items[name]
+            try:
+                self._items[name] = self.models[name].tasks[self.name].items()
+            except NotPairedError as problem:
+                self._items[name] = NotPairedError(f"{problem} ({name})")
+        found = self._items[name]
+        if isinstance(found, NotPairedError):
+            raise found
+        return found
 
 
 def _ends(
