@@ -1,6 +1,6 @@
 """Compare the models of finished runs: what `distill leaderboard` does, with its options.
 
-    python scripts/leaderboard.py RUN_OR_RESULTS... [--baseline NAME] [--out DIR] [--allow-mixed]
+python scripts/leaderboard.py RUN_OR_RESULTS... [--baseline NAME] [--out DIR] [--allow-mixed]
 """
 
 import sys

@@ -21,9 +21,7 @@ NUM_QUESTIONS, NUM_TEXTS = 500, 62
 
 def accuracy(value: float, weights: str, **settings: Any) -> dict[str, Any]:
     """Scores on questions, of which a share `value` is solved; which, depends on the weights."""
-    solved = set(
-        random.Random(weights).sample(range(NUM_QUESTIONS), round(value * NUM_QUESTIONS))
-    )
+    solved = set(random.Random(weights).sample(range(NUM_QUESTIONS), round(value * NUM_QUESTIONS)))
     return {
         "identity": {**SETTINGS, "weights": weights, "model": None, "seed": 0, **settings},
         "metrics": {

@@ -1,15 +1,16 @@
 """Paired statistics against scipy, statsmodels and lm-eval, in simulations, and by identities."""
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 from lm_eval.api import metrics as lm_eval_metrics
 from numpy.typing import NDArray
-from scipy import stats
-from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
-from statsmodels.stats.multitest import multipletests
+from scipy import stats  # type: ignore[import-untyped]
+from statsmodels.stats.contingency_tables import (  # type: ignore[import-untyped]
+    mcnemar as statsmodels_mcnemar,
+)
+from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped]
 
 from distill.evaluate.items import Items, NotPairedError
 from distill.evaluate.paired import (
@@ -22,6 +23,7 @@ from distill.evaluate.paired import (
     mcnemar,
 )
 from tests.item_makers import answers, items, rolling
+
 
 def compare(model: Items, baseline: Items) -> Comparison:
     return compare_items(model, baseline, task="t", metric="acc", names=("model", "baseline"))
@@ -84,9 +86,9 @@ def test_flips_count_items_that_only_one_model_solves() -> None:
     assert found.test == "mcnemar_exact"
 
 
-@pytest.mark.parametrize("make", [lambda: answers((4, 3, 2, 1))[0], lambda: rolling(1, 0.0)])
-def test_a_model_does_not_differ_from_itself(make: Callable[[], Items]) -> None:
-    found = compare(make(), make())
+@pytest.mark.parametrize("model", [answers((4, 3, 2, 1))[0], rolling(1, 0.0)])
+def test_a_model_does_not_differ_from_itself(model: Items) -> None:
+    found = compare(model, model)
     assert (found.difference, found.stderr, found.low, found.high) == (0, 0, 0, 0)
     assert found.p_value == 1
     assert not found.is_significant
@@ -172,7 +174,7 @@ def test_false_alarms_are_as_rare_as_promised() -> None:
     num, alarms = 200, 0
     for _ in range(num):
         hard = random.random(80)
-        ours, theirs = (random.binomial(4, hard) / 4 for _ in range(2))
+        ours, theirs = (random.binomial(2, hard) / 2 for _ in range(2))
         found = compare(items(ours), items(theirs))
         assert found.test == "bootstrap"
         alarms += found.is_significant
@@ -212,7 +214,7 @@ def test_no_gap_is_claimed_where_teacher_and_start_may_be_alike() -> None:
     assert gap_recovered(base, base, teacher, task="t", metric="acc", names=("s", "b", "t")) is None
 
 
-def test_gap_without_few_decisive_documents_still_has_a_value() -> None:
+def test_gap_with_few_decisive_documents_still_has_a_value() -> None:
     teacher, base = answers((20, 7, 0, 20))  # some resamples hold none of the seven
     gap = gap_recovered(teacher, base, teacher, task="t", metric="acc", names=("s", "b", "t"))
     assert gap is not None

@@ -134,11 +134,14 @@ def _significance_notes(board: Leaderboard) -> list[str]:
     if not board.comparisons:
         return []
     num = len(board.comparisons)
+    tests = f"{num} comparison{'' if num == 1 else 's'}"
     return [
-        f"{BETTER} {WORSE}: significantly better or worse than {board.baseline}: paired test on "
-        "the same documents (McNemar's for metrics of 0 and 1, else a bootstrap), two-sided at 5%, "
-        f"Holm's correction for the {num} comparison{'' if num == 1 else 's'} of this table. "
-        "Intervals of the differences are in results.json."
+        (
+            f"{BETTER} {WORSE}: significantly better or worse than {board.baseline}: paired test "
+            "on the same documents (McNemar's for metrics of 0 and 1, else a bootstrap), two-sided "
+            f"at 5%, Holm's correction for the {tests} of this table. Intervals of the differences "
+            "are in results.json."
+        )
     ]
 
 
@@ -151,9 +154,11 @@ def _foreign_remarks(models: Sequence[ModelResult]) -> list[str]:
     if not names:
         return []
     return [
-        f"{names}: scored by lm-eval's own command line, whose files do not say how a task was "
-        "defined; equal are lm-eval's version, the settings and, where models are tested against "
-        "each other, the documents."
+        (
+            f"{names}: scored by lm-eval's own command line, whose files do not say how a task was "
+            "defined; equal are lm-eval's version, the settings and, where models are tested "
+            "against each other, the documents."
+        )
     ]
 
 

@@ -53,7 +53,10 @@ def refuse_clashes(models: Sequence[ModelResult]) -> None:
         if (clash.task, clash.differences) not in shown:  # one pair says it for all
             shown.append((clash.task, clash.differences))
             sides = [
-                (f"{side.run}/{side.name}", {key: both[at] for key, both in clash.differences.items()})
+                (
+                    f"{side.run}/{side.name}",
+                    {key: both[at] for key, both in clash.differences.items()},
+                )
                 for at, side in enumerate((clash.first, clash.other))
             ]
             problems.append(explain_difference(f"{clash.task}:", *sides))

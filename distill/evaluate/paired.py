@@ -1,7 +1,7 @@
 """Two models on the same documents: how far apart, and could chance explain it? No torch here.
 
 Documents are hard or easy for all models alike, so the difference of two models is known far better
-than their standard errors suggest (Miller 2024, arXiv:2411.00640, section 4). Everything here works
+than their standard errors suggest (Miller 2024, arXiv:2411.00640). Everything here works
 on the documents that both answered, `distill.evaluate.items.align`.
 
 Interval: paired bootstrap of the documents, ends by BCa (Efron 1987, J. Am. Stat. Assoc. 82:171;

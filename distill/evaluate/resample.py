@@ -120,5 +120,3 @@ def bootstrap(
         without_U=without_U,
         counts_U=counts_U.astype(np.float64),
     )
-
-

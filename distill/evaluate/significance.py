@@ -39,10 +39,7 @@ def find(models: Sequence[ModelResult], baseline: str | None, *, allow_mixed: bo
         for name in dict.fromkeys(task for model in models for task in model.tasks)
     ]
     comparisons = [
-        found
-        for task in tasks
-        if baseline is not None
-        for found in task.compare_with(baseline)
+        found for task in tasks if baseline is not None for found in task.compare_with(baseline)
     ]
     gaps = [
         gap
