@@ -17,6 +17,8 @@ from distill.evaluate.harness import run_tasks
 from distill.evaluate.leaderboard import compare, print_table, write
 from tests.tiny_tasks import save_model, write_tasks
 
+pytestmark = pytest.mark.slow  # lm-eval itself takes 15 seconds to start
+
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -125,6 +127,15 @@ def test_file_and_folders_of_lm_eval_are_read_alike(work: Path) -> None:
     assert replace(whole, run=file.parent.name) == by_file[0]
 
 
+def test_models_of_one_name_are_called_by_their_folders(work: Path, tmp_path: Path) -> None:
+    folder = changed(work, tmp_path)
+    (model,) = folder.iterdir()
+    shutil.copytree(model, folder / "again")
+    board = compare([folder], baseline="again")
+    assert [model.name for model in board.models] == sorted(["again", model.name])
+    assert {(c.model, c.difference) for c in board.comparisons} == {(model.name, 0)}
+
+
 def test_the_newest_of_several_files_counts(work: Path, tmp_path: Path) -> None:
     folder = changed(work, tmp_path)
     old = results_file(tmp_path)
@@ -178,13 +189,12 @@ def test_results_of_other_settings_are_refused_unless_asked_for(
 
 
 def test_mixed_limits_are_compared_on_the_documents_that_both_have(
-    work: Path, tmp_path: Path
+    work: Path,
 ) -> None:
     run = score(work, "short", limit=2, mine="mine")
     board = compare([run, work / "elsewhere"], allow_mixed=True)
     assert board.baseline == "short/mine"
     assert {c.num_items for c in board.comparisons} == {2}
-    del tmp_path
 
 
 def test_results_without_samples_are_shown_but_not_tested(work: Path, tmp_path: Path) -> None:

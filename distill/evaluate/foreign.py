@@ -146,7 +146,7 @@ def _identity(task: str, read: _Evaluation) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch.") if dtype else None,
         "seed": read.settings.get("fewshot_seed"),
         "lm_eval": read.lm_eval_version,
-        "gen_kwargs": read.settings.get("gen_kwargs"),
+        "gen_kwargs": read.settings.get("gen_kwargs") or None,
         "chat_template": read.chat_template_sha,
         "system_instruction": read.system_instruction_sha,
     }
