@@ -1,6 +1,7 @@
 """Folders of lm-eval's own command line, really run, beside ours."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -230,3 +231,25 @@ def test_a_file_that_lm_eval_did_not_write_is_named(tmp_path: Path) -> None:
             compare([target])
         assert "n-samples: Field required" in str(caught.value)
         assert "--log_samples" in str(caught.value)
+
+
+def test_scores_that_are_not_finite_count_as_missing(work: Path, tmp_path: Path) -> None:
+    results = json.loads(results_file(work).read_text())["results"]
+    results["tiny_rolling"]["word_perplexity,none"] = math.nan
+    (model,) = collect_foreign(changed(work, tmp_path, results=results))
+    assert model.tasks["tiny_rolling"].main.value is None
+    assert model.tasks["tiny_choice"].main.value is not None
+
+
+def test_results_under_a_name_of_the_users_find_their_samples(work: Path, tmp_path: Path) -> None:
+    file = results_file(changed(work, tmp_path).parent)
+    named = file.rename(file.with_name(file.name.replace("results_", "small_model_")))
+    (model,) = collect_foreign(named)
+    assert len(model.samples("tiny_choice")) == 4
+
+
+def test_groups_are_no_tasks(work: Path, tmp_path: Path) -> None:
+    results = json.loads(results_file(work).read_text())["results"]
+    results["tiny_group"] = {"alias": "tiny_group", "acc,none": 0.5, "acc_stderr,none": 0.1}
+    (model,) = collect_foreign(changed(work, tmp_path, results=results))
+    assert set(model.tasks) == {"tiny_choice", "tiny_rolling"}

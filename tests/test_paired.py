@@ -1,6 +1,7 @@
 """Paired statistics against scipy, statsmodels and lm-eval, in simulations, and by identities."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -239,3 +240,21 @@ def test_group_scores_equal_those_of_lm_eval(weight_by_size: bool) -> None:
 def test_one_document_is_too_few_to_compare() -> None:
     with pytest.raises(NotPairedError, match="one document"):
         compare(items([1]), items([0]))
+
+
+def test_memory_stays_flat_however_many_documents_differ() -> None:
+    sides = rolling(1, 0.05, 5000), rolling(2, 0.0, 5000)
+    tracemalloc.start()
+    compare(*sides)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 64 * 2**20  # all draws at once would take 400 MB
+
+
+@pytest.mark.parametrize("num", [50, 500])
+def test_resamples_are_drawn_evenly_by_either_method(num: int) -> None:
+    values = np.random.default_rng(8).random(num)
+    found = compare(items(values), items(np.zeros(num)))
+    half_width = stats.norm.ppf(0.975) * values.std() / math.sqrt(num)
+    assert found.low == pytest.approx(values.mean() - half_width, abs=0.1 * half_width)
+    assert found.high == pytest.approx(values.mean() + half_width, abs=0.1 * half_width)

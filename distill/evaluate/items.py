@@ -203,7 +203,8 @@ def _require_equal_hashes(task: str, left: tuple[str, Items], right: tuple[str, 
     raise EvalError(
         f"{task}: {int(differs_M.sum()):,} of {len(differs_M):,} documents differ and cannot be "
         f"paired; the first:\n{lines}"
-        "  Score both models on the same revision of the data set."
+        "  Score both models on the same revision of the data set: delete the older task file and "
+        "run distill eval CONFIG again."
     )
 
 

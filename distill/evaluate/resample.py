@@ -23,7 +23,7 @@ _CHUNK_NUMBERS = 2**20
 """Counts held at a time: 8 MB, however many documents and draws there are."""
 
 _FEW_ROWS = 100
-"""Up to here a multinomial draw is faster than N single ones; for 10,000 it takes 4 times as long."""
+"""Up to here a multinomial draw is the faster one; with 10,000 rows it takes 4 times as long."""
 
 _ROUNDING = 1e-9
 """Relative; a resampled difference that is the observed one up to rounding counts as equal."""

@@ -172,7 +172,8 @@ def collect(run_folder: Path) -> tuple[ModelResult, ...]:
         problem = "has no results" if run_folder.is_dir() else "does not exist"
         raise EvalError(
             f"the run folder {run_folder} {problem}: there is no {listing}.\n"
-            "  Make the results first: distill eval CONFIG (or the whole: distill run CONFIG)"
+            "  Make the results first: distill eval CONFIG (or the whole: distill run CONFIG). "
+            "A folder of lm-eval's holds results_*.json, itself or one level below."
         )
     run = run_folder.resolve().name
     models = [_read_model(folder / item.name, item, run) for item in _read(listing, list[_Listed])]
