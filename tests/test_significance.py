@@ -171,7 +171,7 @@ def test_mixed_settings_are_marked_and_explained(tmp_path: Path, name: str, valu
     folders = [make_run(tmp_path / "one"), make_run(tmp_path / "two", **{name: value})]
     text = markdown(compare(folders, allow_mixed=True), tmp_path)
     row = next(line for line in text.splitlines() if line.startswith("| two/student"))
-    assert "44.0 ± 2.2 ▲ †" in row
+    assert "| 44.0 ± 2.2 ▲ † |" in row  # and not bold
     assert "† hellaswag of two/student was scored with other settings than that of" in text
     assert f"{name} {value} against" in text
 

@@ -108,6 +108,8 @@ def _task_column(
     one = next(scores for scores in found if scores is not None)
     scores = [scores.main if scores else None for scores in found]
     higher_is_better = one.main.higher_is_better
+    # What was asked differently does not compete.
+    rivals = [row for row in students if mixed.MARK not in marks.get((models[row].name, task), "")]
     is_share = higher_is_better is True and not one.main_metric.startswith(_NOT_PERCENT)
     show = render.percent if is_share else render.number
     return Column(
@@ -116,7 +118,7 @@ def _task_column(
             show(s.value, s.stderr) + marks.get((model.name, task), "") if s else render.MISSING
             for model, s in zip(models, scores, strict=True)
         ),
-        best=render.best_rows(_values(scores), students, higher_is_better),
+        best=render.best_rows(_values(scores), rivals, higher_is_better),
     )
 
 

@@ -76,7 +76,7 @@ def describe_clashes(models: Sequence[ModelResult]) -> list[str]:
         f"{MARK} {clash.task} of {clash.other.name} was scored with other settings than that of "
         f"{clash.first.name}: "
         + "; ".join(f"{key} {ours} against {theirs}" for key, (theirs, ours) in shown)
-        + ". Such scores are not comparable in earnest."
+        + ". Such scores cannot be ranked; none of them is bold."
         for clash in find_clashes(models)
         for shown in [[(key, tuple(map(_short, both))) for key, both in clash.differences.items()]]
     ]
