@@ -93,9 +93,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--link", type=float, default=6e9, metavar="RATE", help="bytes/s of streamed weights (6e9)"
     )
     cost.add_argument("--price", type=float, metavar="DOLLARS", help="an hour of a device")
-    board = add("leaderboard", _leaderboard, "results of runs as a table", "RUN_OR_CONFIG...")
+    board = add("leaderboard", _leaderboard, "results of runs as a table", "RUN_OR_RESULTS...")
     board.add_argument(
-        "--out", type=Path, metavar="DIR", help="also write leaderboard.md, results.json"
+        "--out", type=Path, metavar="DIR", help="also write leaderboard.md, .csv and results.json"
+    )
+    board.add_argument(
+        "--baseline", metavar="NAME", help="model to test against (the only untrained student)"
+    )
+    board.add_argument(
+        "--allow-mixed", action="store_true", help="show scores of different settings, marked"
     )
     inspect = add("inspect", inspect_caches, "what a cache holds", "CONFIG_OR_CACHE")
     inspect.add_argument("--json", action="store_true", help="for machines")
@@ -149,7 +155,7 @@ def _leaderboard(options: argparse.Namespace) -> int:
     from distill.evaluate.leaderboard import compare, print_table, write
 
     folders = [_run_folder(target) for target in options.target]
-    results = compare(folders)
+    results = compare(folders, options.baseline, options.allow_mixed)
     print_table(results)
     if options.out:
         write(results, options.out)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ SETTINGS = {
 }
 
 
+NUM_QUESTIONS, NUM_TEXTS = 500, 62
+
+
 def accuracy(value: float, weights: str, **settings: Any) -> dict[str, Any]:
+    """Scores on questions, of which a share `value` is solved; which, depends on the weights."""
+    solved = set(random.Random(weights).sample(range(NUM_QUESTIONS), round(value * NUM_QUESTIONS)))
     return {
         "identity": {**SETTINGS, "weights": weights, "model": None, "seed": 0, **settings},
         "metrics": {
@@ -23,17 +29,31 @@ def accuracy(value: float, weights: str, **settings: Any) -> dict[str, Any]:
             "acc_norm": {"value": value, "stderr": 0.022, "higher_is_better": True},
         },
         "main_metric": "acc_norm",
-        "num_documents": 500,
+        "num_documents": NUM_QUESTIONS,
         "num_documents_total": 10042,
-        "samples": [{"doc_id": 0, "doc_hash": "a", "metrics": {"acc": 1.0}}],
+        "samples": [
+            {"doc_id": at, "doc_hash": f"q{at}", "metrics": {"acc_norm": float(at in solved)}}
+            for at in range(NUM_QUESTIONS)
+        ],
     }
 
 
 def word_perplexity(value: float | None, weights: str) -> dict[str, Any]:
+    """Scores on texts of 10 words each, whose log-likelihoods scatter around their mean."""
+    mean = None if value is None else -10 * math.log(value)
+    scatter = random.Random(weights)
+    half = [scatter.random() for _ in range(NUM_TEXTS // 2)]
+    likelihoods = [mean and mean + away for part in half for away in (part, -part)]
     return {
         **accuracy(0.5, weights),
         "metrics": {"word_perplexity": {"value": value, "stderr": None, "higher_is_better": False}},
         "main_metric": "word_perplexity",
+        "num_documents": NUM_TEXTS,
+        "num_documents_total": NUM_TEXTS,
+        "samples": [
+            {"doc_id": at, "doc_hash": f"t{at}", "metrics": {"word_perplexity": [likelihood, 10]}}
+            for at, likelihood in enumerate(likelihoods)
+        ],
     }
 
 

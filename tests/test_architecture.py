@@ -217,7 +217,7 @@ def test_flags_of_the_command_line_are_frozen() -> None:
                 *("--print-config", "--sample"),
             ]
         ),
-        "leaderboard": sorted([*everywhere, "--out"]),
+        "leaderboard": sorted([*everywhere, "--allow-mixed", "--baseline", "--out"]),
         "inspect": sorted([*everywhere, "--json"]),
         "verify": everywhere,
     }

@@ -1,13 +1,17 @@
 """What the leaderboard shows of each model, and under which conditions. No torch here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from distill.evaluate import render
+from distill.evaluate import mixed, render
+from distill.evaluate.paired import Comparison
 from distill.evaluate.render import Column
 from distill.evaluate.results import Estimate, Fidelity, ModelResult
 
 _NOT_PERCENT = ("bleu", "chrf", "likelihood")
 """Metrics of which more is better, but which are no share of 1."""
+
+BETTER, WORSE = "▲", "▼"
+"""Stand at task scores that are significantly better or worse than the baseline's."""
 
 _HELD_OUT: tuple[
     tuple[str, Callable[[Fidelity], Estimate], Callable[[float | None], str], bool], ...
@@ -20,9 +24,14 @@ _HELD_OUT = (
 """Title, value, form, and whether higher is better."""
 
 
-def columns(models: Sequence[ModelResult], held_out_is_comparable: bool) -> list[Column]:
+def columns(
+    models: Sequence[ModelResult],
+    held_out_is_comparable: bool,
+    comparisons: Sequence[Comparison] = (),
+) -> list[Column]:
     """Make the columns of the table; what no model has gets none.
 
+    Scores of tasks carry the marks of `comparisons`, and one where settings were different.
     Bold is the best of the students, trained or not: bold must not suggest a gain where training
     brought none. In held-out columns it needs `held_out_is_comparable`.
     """
@@ -52,7 +61,8 @@ def columns(models: Sequence[ModelResult], held_out_is_comparable: bool) -> list
                 best=render.best_rows(gaps, rivals, True),
             )
         )
-    return made + [_task_column(models, task, students) for task in task_names(models)]
+    marks = _marks(models, comparisons)
+    return made + [_task_column(models, task, students, marks) for task in task_names(models)]
 
 
 def notes(models: Sequence[ModelResult]) -> list[str]:
@@ -60,7 +70,7 @@ def notes(models: Sequence[ModelResult]) -> list[str]:
     lines = []
     for task in task_names(models):
         one = next(model.tasks[task] for model in models if task in model.tasks)
-        shots = one.identity.get("num_fewshot")
+        shots = one.settings.get("num_fewshot")
         lines.append(
             f"{task}: {one.num_documents:,} of {one.num_documents_total:,} documents "
             f"(limit: {one.identity.get('limit') or 'none'}), "
@@ -88,18 +98,49 @@ def task_names(models: Sequence[ModelResult]) -> list[str]:
     return sorted({name for model in models for name in model.tasks})
 
 
-def _task_column(models: Sequence[ModelResult], task: str, students: list[int]) -> Column:
+def _task_column(
+    models: Sequence[ModelResult],
+    task: str,
+    students: list[int],
+    marks: Mapping[tuple[str, str], str],
+) -> Column:
     found = [model.tasks.get(task) for model in models]
     one = next(scores for scores in found if scores is not None)
     scores = [scores.main if scores else None for scores in found]
     higher_is_better = one.main.higher_is_better
+    # What was asked differently does not compete.
+    rivals = [row for row in students if mixed.MARK not in marks.get((models[row].name, task), "")]
     is_share = higher_is_better is True and not one.main_metric.startswith(_NOT_PERCENT)
     show = render.percent if is_share else render.number
     return Column(
         title="\n".join([task, one.main_metric, *(["(%)"] if is_share else [])]),
-        cells=tuple(show(s.value, s.stderr) if s else render.MISSING for s in scores),
-        best=render.best_rows(_values(scores), students, higher_is_better),
+        cells=tuple(
+            show(s.value, s.stderr) + marks.get((model.name, task), "") if s else render.MISSING
+            for model, s in zip(models, scores, strict=True)
+        ),
+        best=render.best_rows(_values(scores), rivals, higher_is_better),
     )
+
+
+def _marks(
+    models: Sequence[ModelResult], comparisons: Sequence[Comparison]
+) -> dict[tuple[str, str], str]:
+    """Name of a model and of a task -> what stands behind the score."""
+    higher_is_better = {
+        task: scores.main.higher_is_better
+        for model in models
+        for task, scores in model.tasks.items()
+    }
+    marks = {}
+    for found in comparisons:
+        wanted = higher_is_better.get(found.task)
+        if found.is_significant and wanted is not None:
+            is_better = (found.difference > 0) == wanted
+            marks[found.model, found.task] = f" {BETTER if is_better else WORSE}"
+    for clash in mixed.find_clashes(models):
+        at = clash.other.name, clash.task
+        marks[at] = f"{marks.get(at, '')} {mixed.MARK}"
+    return marks
 
 
 def _values(scores: Sequence[Estimate | None]) -> list[float | None]:

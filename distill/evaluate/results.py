@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from distill.errors import EvalError
+from distill.evaluate.items import Items, items_of, read_samples
 
 R = TypeVar("R")
 
@@ -29,6 +30,9 @@ Finite = Annotated[
 """A number, or None in place of NaN and infinity, which JSON does not have."""
 
 _FIDELITY = "fidelity.json"
+
+_NO_SETTINGS = ("model", "weights", "task", "seed", "source", "evaluated_model")
+"""Parts of an identity that may differ between models of a column; seeds repeat a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,10 @@ class TaskScores:
     main_metric: str
     num_documents: int
     num_documents_total: int
+    num_fewshot: int | None = None
+    """Examples in the prompt, after lm-eval has applied the task's own rule."""
+    source: Path | None = None
+    """File with the samples."""
 
     def __post_init__(self) -> None:
         if self.main_metric not in self.metrics:
@@ -61,9 +69,28 @@ class TaskScores:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What must be equal for two models to be compared; runs may be repeated with seeds."""
-        own = _without(self.identity, ("model", "weights", "task", "seed"))
+        """What must be equal for two models to be compared."""
+        own = _without(self.identity, _NO_SETTINGS)
+        if self.num_fewshot is not None:
+            own["num_fewshot"] = self.num_fewshot
         return {"metric": self.main_metric, **own}
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Read the documents with their scores, and whatever else is stored of them.
+
+        Raises:
+            EvalError: the file cannot be read.
+        """
+        return read_samples(self.source) if self.source else []
+
+    def items(self) -> Items:
+        """Read the main metric document by document.
+
+        Raises:
+            EvalError: the file cannot be read.
+            NotPairedError: the metric is no mean or perplexity of single documents.
+        """
+        return items_of(self.samples(), self.main_metric, self.main.value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +121,19 @@ class ModelResult:
     tasks: dict[str, TaskScores]
     fidelity: Fidelity | None
     gap_recovered: float | None = None
+
+    def samples(self, task: str) -> list[dict[str, Any]]:
+        """Read the documents of a task as stored: `{doc_id, doc_hash, metrics, ...}`.
+
+        Raises:
+            EvalError: the file cannot be read.
+        """
+        return self.tasks[task].samples()
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether lm-eval's own command line made the scores, rather than `distill eval`."""
+        return any(scores.identity.get("source") == "lm-eval" for scores in self.tasks.values())
 
     @property
     def weights(self) -> str | None:
@@ -132,7 +172,8 @@ def collect(run_folder: Path) -> tuple[ModelResult, ...]:
         problem = "has no results" if run_folder.is_dir() else "does not exist"
         raise EvalError(
             f"the run folder {run_folder} {problem}: there is no {listing}.\n"
-            "  Make the results first: distill eval CONFIG (or the whole: distill run CONFIG)"
+            "  Make the results first: distill eval CONFIG (or the whole: distill run CONFIG). "
+            "A folder of lm-eval's holds results_*.json, itself or one level below."
         )
     run = run_folder.resolve().name
     models = [_read_model(folder / item.name, item, run) for item in _read(listing, list[_Listed])]
@@ -198,7 +239,7 @@ def _read_model(folder: Path, listed: _Listed, run: str) -> ModelResult:
         role=listed.role,
         run=run,
         num_parameters=listed.num_parameters,
-        tasks={path.stem: _read(path, TaskScores) for path in tasks},
+        tasks={path.stem: replace(_read(path, TaskScores), source=path) for path in tasks},
         fidelity=_read(fidelity, Fidelity) if fidelity.is_file() else None,
     )
 
