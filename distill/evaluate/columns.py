@@ -88,15 +88,20 @@ def task_names(models: Sequence[ModelResult]) -> list[str]:
     return sorted({name for model in models for name in model.tasks})
 
 
+def is_share(metric: str, higher_is_better: bool | None) -> bool:
+    """Whether a metric of a task is a share of 1, to be shown in percent."""
+    return higher_is_better is True and not metric.startswith(_NOT_PERCENT)
+
+
 def _task_column(models: Sequence[ModelResult], task: str, students: list[int]) -> Column:
     found = [model.tasks.get(task) for model in models]
     one = next(scores for scores in found if scores is not None)
     scores = [scores.main if scores else None for scores in found]
     higher_is_better = one.main.higher_is_better
-    is_share = higher_is_better is True and not one.main_metric.startswith(_NOT_PERCENT)
-    show = render.percent if is_share else render.number
+    in_percent = is_share(one.main_metric, higher_is_better)
+    show = render.percent if in_percent else render.number
     return Column(
-        title="\n".join([task, one.main_metric, *(["(%)"] if is_share else [])]),
+        title="\n".join([task, one.main_metric, *(["(%)"] if in_percent else [])]),
         cells=tuple(show(s.value, s.stderr) if s else render.MISSING for s in scores),
         best=render.best_rows(_values(scores), students, higher_is_better),
     )
