@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-_CHARACTER_WIDTH = 6.4
-"""Pixels; a generous mean for system fonts at 12 pixels."""
+_CHARACTER_WIDTH = 6.9
+"""Pixels; a generous mean for system fonts at 13 pixels."""
 
-_LABEL_HEIGHT = 14.0
-_LONGEST_LABEL = 24
+_LABEL_HEIGHT = 15.0
+_LONGEST_LABEL = 22
 _MARK_RADIUS = 6.0
 
 Box = tuple[float, float, float, float]

@@ -13,11 +13,21 @@ from distill.evaluate.page_model import PageModel, PageReliability, PageRow, Pag
 from distill.evaluate.page_table import Difference
 from distill.evaluate.results import Estimate
 
-WIDTH = 420.0
-_LEFT, _RIGHT, _TOP = 48.0, 408.0, 12.0
-_SCATTER_BOTTOM, _SCATTER_HEIGHT = 268.0, 316.0
+WIDTH = 360.0
+"""Of most drawings: what a phone shows without shrinking text much."""
+
+_LEFT, _RIGHT, _TOP = 48.0, 350.0, 12.0
+_BOTTOM = 256.0
+_BELOW = 40.0
+"""Room for ticks and the name of the axis."""
+
+_SQUARE = 300.0
+"""Width of a drawing whose two axes are the same."""
+
 _LINE_HEIGHT = 40.0
 """Of a model in a list: its name above its bar, so that long names have room on a phone."""
+
+_LONGEST_NAME = 36
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +65,7 @@ class Drawing:
     desc: str
     height: float
     frame: Box
+    width: float = WIDTH
     x_ticks: list[Tick] = field(default_factory=list)
     y_ticks: list[Tick] = field(default_factory=list)
     x_label: str = ""
@@ -76,7 +87,7 @@ def gap_bars(page: PageModel) -> Drawing | None:
     lines = [
         Line(
             y=_TOP + _LINE_HEIGHT * number,
-            name=shorten(row.name, 44),
+            name=shorten(row.name, _LONGEST_NAME),
             value=f"{render.percent(gap)} %",
             x0=min(zero, axis.at(gap)),
             x1=max(zero, axis.at(gap)),
@@ -89,7 +100,7 @@ def gap_bars(page: PageModel) -> Drawing | None:
     return Drawing(
         title="Gap recovered",
         desc=_sentence((row.name, f"{render.percent(gap)} %") for row, gap in found),
-        height=bottom + 36,
+        height=bottom + _BELOW,
         frame=(12.0, _TOP, _RIGHT, bottom),
         x_ticks=[Tick(axis.at(step), f"{100 * step:.0f}") for step in steps],
         x_label="% of the held-out gap to the teacher",
@@ -137,7 +148,7 @@ def forest(page: PageModel, task: PageTask, differences: Sequence[Difference]) -
     lines = [
         Line(
             y=_TOP + _LINE_HEIGHT * number,
-            name=shorten(one.source.model, 34),
+            name=shorten(one.source.model, _LONGEST_NAME),
             value=f"{one.mark} {one.difference}".strip(),
             x0=axis.at(scale * one.source.low),
             x1=axis.at(scale * one.source.high),
@@ -153,7 +164,7 @@ def forest(page: PageModel, task: PageTask, differences: Sequence[Difference]) -
         desc=_sentence(
             (one.source.model, f"{one.difference} {one.unit} ({one.interval})") for one in found
         ),
-        height=bottom + 36,
+        height=bottom + _BELOW,
         frame=(12.0, _TOP, _RIGHT, bottom),
         x_ticks=_ticks(axis, steps),
         x_label=f"{task.main.name}, {'points' if task.main.is_share else 'difference'}",
@@ -166,7 +177,8 @@ def reliability(row: PageRow) -> Drawing | None:
     """Plot how often a model's likeliest token is right over how sure the model is of it."""
     if row.reliability is None:
         return None
-    x_axis, y_axis = Axis(0, 1, _LEFT, 308.0), Axis(0, 1, 272.0, _TOP)
+    right = _LEFT + _BOTTOM - _TOP
+    x_axis, y_axis = Axis(0, 1, _LEFT, right), Axis(0, 1, _BOTTOM, _TOP)
     total = sum(row.reliability.count)
     marks, words = [], []
     for bin_ in _full_bins(row.reliability):
@@ -189,8 +201,9 @@ def reliability(row: PageRow) -> Drawing | None:
     return Drawing(
         title=row.name,
         desc=f"Share of right tokens by confidence. {_sentence(words)}{error}",
-        height=_SCATTER_HEIGHT,
-        frame=(_LEFT, _TOP, 308.0, 272.0),
+        width=_SQUARE,
+        height=_BOTTOM + _BELOW,
+        frame=(_LEFT, _TOP, right, _BOTTOM),
         x_ticks=[Tick(x_axis.at(step), f"{step:g}") for step in steps],
         y_ticks=[Tick(y_axis.at(step), f"{step:g}") for step in steps],
         x_label="confidence",
@@ -239,8 +252,8 @@ def _scatter(
     # Sizes span powers of ten and have a form of their own; a divergence is a plain number.
     x_axis = fit([x for _, x, _ in found], _LEFT, _RIGHT, is_log=show is not None)
     ends = [scale * end for _, _, score in found for end in _ends(score)]
-    y_axis = fit(ends, _SCATTER_BOTTOM, _TOP)
-    frame = (_LEFT, _TOP, _RIGHT, _SCATTER_BOTTOM)
+    y_axis = fit(ends, _BOTTOM, _TOP)
+    frame = (_LEFT, _TOP, _RIGHT, _BOTTOM)
     places = [
         (x_axis.at(x), y_axis.at(scale * (score.value or 0.0)), row.name) for row, x, score in found
     ]
@@ -265,7 +278,7 @@ def _scatter(
     return Drawing(
         title=title,
         desc=f"{metric.name} by {x_label}. {_sentence(words)}",
-        height=_SCATTER_HEIGHT,
+        height=_BOTTOM + _BELOW,
         frame=frame,
         x_ticks=_ticks(x_axis, x_axis.steps(5), show),
         y_ticks=_ticks(y_axis, y_axis.steps()),

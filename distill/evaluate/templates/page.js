@@ -92,18 +92,21 @@
   for (const card of document.querySelectorAll(".card")) {
     const mark = document.querySelector(`.mark[popovertarget="${card.id}"]`);
     card.addEventListener("toggle", (event) => {
-      mark.setAttribute("aria-expanded", String(event.newState === "open"));
-      if (event.newState !== "open" || innerWidth < 640) return;
+      card.removeAttribute("style");
+      if (!mark || event.newState !== "open" || innerWidth < 640) return;
       const place = mark.getBoundingClientRect();
-      const left = Math.min(place.left, innerWidth - card.offsetWidth - 16);
+      const left = Math.max(16, Math.min(place.left, innerWidth - card.offsetWidth - 16));
       const below = place.bottom + 8;
       const isRoomBelow = below + card.offsetHeight < innerHeight - 8;
       const top = isRoomBelow ? below : Math.max(8, place.top - card.offsetHeight - 8);
-      Object.assign(card.style, { margin: "0", left: `${left}px`, top: `${top}px` });
+      Object.assign(card.style, {
+        position: "absolute",
+        margin: "0",
+        left: `${left + scrollX}px`,
+        top: `${top + scrollY}px`,
+      });
     });
   }
-  const close = () => document.querySelector(".card:popover-open")?.hidePopover();
-  addEventListener("scroll", close, { passive: true });
 
   // Scatter plots: one task at a time.
   const task = byId("chart-task");
