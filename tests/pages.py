@@ -32,7 +32,10 @@ _MODELS: tuple[tuple[str, Role, int, float, float, float], ...] = (
 )
 _TASKS = ("arc_easy", "gsm8k", "hellaswag")
 _NUM_ITEMS = 100
-_NOUNS = "lamp river magnet forest battery glacier seed pulley shadow mirror comet tide".split()
+_NOUNS = (
+    *("lamp", "river", "magnet", "forest", "battery", "glacier"),
+    *("seed", "pulley", "shadow", "mirror", "comet", "tide"),
+)
 _STEPS = (0.12, 0.2, 0.31, 0.44, 0.52, 0.61, 0.68, 0.74, 0.86, 0.96)
 
 
@@ -98,7 +101,8 @@ def _item(task: str, number: int) -> PageItem:
     else:
         prompt = f"Question: What happens to a {noun} that is left beside a {other}?\nAnswer:"
         choices = tuple(
-            f"The {noun} {does}." for does in ("cools down", "grows", "moves away", "does not change")
+            f"The {noun} {does}."
+            for does in ("cools down", "grows", "moves away", "does not change")
         )
         target = draw.choice(choices)
         wrong = [choice for choice in choices if choice != target]
@@ -113,9 +117,7 @@ def _item(task: str, number: int) -> PageItem:
 
 
 def _task(name: str) -> PageTask:
-    metrics = (
-        [("exact_match", True)] if name == "gsm8k" else [("acc_norm", True), ("acc", True)]
-    )
+    metrics = [("exact_match", True)] if name == "gsm8k" else [("acc_norm", True), ("acc", True)]
     return PageTask(
         name=name,
         metrics=tuple(
@@ -139,7 +141,7 @@ def _perplexity_task() -> PageTask:
 
 
 def _row(number: int, items: tuple[PageItem, ...]) -> PageRow:
-    name, role, num_parameters, ability, ce, kl = _MODELS[number]
+    name, role, num_parameters, _, ce, kl = _MODELS[number]
     scores: dict[str, dict[str, Estimate]] = {}
     for task in _TASKS:
         right = [item.answers[name].is_right for item in items if item.task == task]

@@ -12,7 +12,7 @@ from distill.evaluate.leaderboard import compare
 from distill.evaluate.page import render_page
 from distill.evaluate.page_model import PageAnswer, PageModel, PageRow
 from distill.evaluate.page_source import page_of
-from distill.evaluate.page_table import differences_of, table_of
+from distill.evaluate.page_table import MINUS, differences_of, table_of
 from tests.dom import Element, parse
 from tests.pages import BASELINE, EVIL, make_page, renamed
 from tests.run_folders import make_run
@@ -59,8 +59,10 @@ def test_every_score_and_error_is_in_the_table() -> None:
         cells = table[row.name]
         assert cells[0] == row.role
         assert cells[1] == render.count(row.num_parameters)
-        assert (render.perplexity(row.ce_nats.value) if row.ce_nats else "– not measured") == cells[2]
-        assert (cells[3] == "– not measured") == (row.kl_nats is None)
+        assert (
+            render.perplexity(row.ce_nats.value) if row.ce_nats else "\N{EN DASH} not measured"
+        ) == cells[2]
+        assert (cells[3] == "\N{EN DASH} not measured") == (row.kl_nats is None)
         shown = [
             re.sub(r" [▲▼]$", "", cell) for cell in cells[-8:-2]
         ]  # before them the held-out columns, after them the costs
@@ -91,7 +93,7 @@ def test_marks_stand_only_where_a_difference_is_significant() -> None:
         card = DOM.one("div", id=one.key).text
         source = one.source
         assert f"{source.model} on {source.task}" in card
-        sign = "+" if source.difference > 0 else "−"
+        sign = "+" if source.difference > 0 else MINUS
         assert f"{sign}{abs(100 * source.difference):.1f} points" in card
         assert one.p_holm in card
         assert f"{source.gained}, {source.lost} of 100" in card
@@ -116,7 +118,12 @@ def test_lower_is_better_where_the_metric_says_so() -> None:
     )
     page = replace(PAGE, comparisons=(source, replace(source, difference=3.5)))
     down, up = differences_of(page)
-    assert (down.verdict, down.mark, down.difference, down.unit) == ("better", "▲", "−3.5", "")
+    assert (down.verdict, down.mark, down.difference, down.unit) == (
+        "better",
+        "▲",
+        f"{MINUS}3.5",
+        "",
+    )
     assert (up.verdict, up.mark, up.difference) == ("worse", "▼", "+3.5")
 
 
@@ -132,7 +139,7 @@ def test_a_name_that_is_a_script_is_only_text(old: str) -> None:
 
 
 def test_whatever_is_said_in_items_notes_and_settings_is_only_text() -> None:
-    said = f'</script>{EVIL}<!--<script>&amp;"\'\u2028\x00\ud800'
+    said = f"</script>{EVIL}<!--<script>&amp;\"'\u2028\x00\ud800"
     item = replace(
         PAGE.items[0],
         prompt=said,

@@ -5,7 +5,6 @@ Needs Debian's chromium and the Python package playwright; downloads nothing.
 
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -70,7 +70,9 @@ def test_embedded_items_read_back() -> None:
 def test_a_long_prompt_keeps_its_end() -> None:
     prompt = "example " * 1000 + "the question"
     page = replace(PAGE, items=(replace(_told_apart(PAGE), prompt=prompt),))
-    (item,) = (item for task in json.loads(embed(page, 10**6).text)["tasks"] for item in task["items"])
+    (item,) = (
+        item for task in json.loads(embed(page, 10**6).text)["tasks"] for item in task["items"]
+    )
     assert len(item[1]) == LONGEST_PROMPT
     assert item[1].startswith("…")
     assert item[1].endswith("the question")
@@ -81,7 +83,9 @@ def sample(doc_id: int, value: float | None, text: str = "a") -> dict[str, objec
         "doc_id": doc_id,
         "doc_hash": text,
         "metrics": {"acc": value},
-        **{"prompt": f"prompt {text}", "choices": ["x", "y"], "target": "x"},
+        "prompt": f"prompt {text}",
+        "choices": ["x", "y"],
+        "target": "x",
         "response": "x" if value else "y",
     }
 

@@ -11,7 +11,7 @@ from distill.evaluate import page as page_module
 from distill.evaluate.page import render_page
 from distill.evaluate.page_axes import fit, place_labels, plain_labels, round_step, shorten
 from distill.evaluate.page_charts import WIDTH, forest, gap_bars, kl_plot, reliability, size_plot
-from distill.evaluate.page_table import differences_of
+from distill.evaluate.page_table import MINUS, differences_of
 from tests.dom import parse
 from tests.pages import make_page
 
@@ -100,7 +100,9 @@ def test_headings_do_not_skip_a_level() -> None:
 
 def test_headers_of_tables_say_what_they_head() -> None:
     for table in DOM.all("table"):
-        assert all(cell.attributes["scope"] in ("col", "colgroup", "row") for cell in table.all("th"))
+        assert all(
+            cell.attributes["scope"] in ("col", "colgroup", "row") for cell in table.all("th")
+        )
         spans = [
             sum(int(cell.attributes.get("colspan", 1)) for cell in row if cell.tag in ("th", "td"))
             for row in table.all("tr")
@@ -129,7 +131,7 @@ def test_drawings_stay_in_their_box() -> None:
     drawings = [
         gap_bars(PAGE),
         *(plot(PAGE, task) for plot in (size_plot, kl_plot) for task in PAGE.tasks),
-        *(forest(PAGE, task, found) for task in PAGE.tasks[:3]),
+        *(forest(task, found) for task in PAGE.tasks[:3]),
         *(reliability(row) for row in PAGE.rows if row.reliability),
     ]
     for drawing in drawings:
@@ -142,7 +144,7 @@ def test_drawings_stay_in_their_box() -> None:
             assert line.x1 <= WIDTH
         assert all(drawing.frame[0] - 1 <= t.at <= drawing.frame[2] + 1 for t in drawing.x_ticks)
         assert 2 <= len(drawing.x_ticks) <= 7
-    assert forest(PAGE, PAGE.task("wikitext"), found) is None  # no comparisons there
+    assert forest(PAGE.task("wikitext"), found) is None  # no comparisons there
 
 
 def test_gap_bars_start_at_zero_and_reach_their_share() -> None:
@@ -166,7 +168,7 @@ def test_empty_bins_of_confidence_are_not_drawn() -> None:
 def test_round_steps_are_the_next_1_2_or_5() -> None:
     assert [round_step(x) for x in (1, 1.01, 2.5, 6, 0.03, 700)] == [1, 2, 5, 10, 0.05, 1000]
     assert plain_labels([0.0, 0.2, 0.4]) == ["0.0", "0.2", "0.4"]
-    assert plain_labels([-20.0, 0.0, 20.0]) == ["−20", "0", "20"]
+    assert plain_labels([-20.0, 0.0, 20.0]) == [f"{MINUS}20", "0", "20"]
 
 
 def test_ticks_are_few_round_and_inside() -> None:

@@ -4,7 +4,6 @@ Tables and drawings are made here and in the templates, so the page can be read 
 the scripts sort, filter, switch the theme and list the items on which two models disagree.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _values(page: PageModel, title: str) -> Mapping[str, Any]:
+def _values(page: PageModel, title: str) -> dict[str, Any]:
     differences = differences_of(page)
     columns = table_of(page, differences)
     return {
@@ -68,7 +67,7 @@ def _values(page: PageModel, title: str) -> Mapping[str, Any]:
             (task, [plot for plot in (size_plot(page, task), kl_plot(page, task)) if plot])
             for task in page.tasks
         ],
-        "forests": [plot for task in page.tasks if (plot := forest(page, task, differences))],
+        "forests": [plot for task in page.tasks if (plot := forest(task, differences))],
         "calibrations": [plot for row in page.rows if (plot := reliability(row))],
         "pair": _first_pair(page),
     }

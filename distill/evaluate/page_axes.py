@@ -1,4 +1,4 @@
-"""From values to places in a drawing: axes, ticks, and labels that do not overlap. No torch here."""
+"""From values to places in a drawing: axes, ticks, labels that do not overlap. No torch here."""
 
 import math
 from collections.abc import Iterable, Sequence

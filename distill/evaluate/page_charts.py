@@ -7,8 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from distill.evaluate import render
-from distill.evaluate.page_axes import Axis, Box, Label, Tick, fit, place_labels, plain_labels
-from distill.evaluate.page_axes import shorten
+from distill.evaluate.page_axes import (
+    Axis,
+    Box,
+    Label,
+    Tick,
+    fit,
+    place_labels,
+    plain_labels,
+    shorten,
+)
 from distill.evaluate.page_model import PageModel, PageReliability, PageRow, PageTask
 from distill.evaluate.page_table import Difference
 from distill.evaluate.results import Estimate
@@ -133,7 +141,7 @@ def kl_plot(page: PageModel, task: PageTask) -> Drawing | None:
     )
 
 
-def forest(page: PageModel, task: PageTask, differences: Sequence[Difference]) -> Drawing | None:
+def forest(task: PageTask, differences: Sequence[Difference]) -> Drawing | None:
     """Draw the difference to the baseline of each model on a task, with its interval."""
     found = [
         one

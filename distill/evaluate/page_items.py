@@ -1,11 +1,11 @@
 """Items on which models disagree, as compact JSON for the HTML page. No torch here.
 
-    {models: [name], tasks: [{name, metric, wins, left_out, items}]}
-    wins[a][b]  items that model a gets right and model b wrong, whether embedded or not
-    left_out    items with a disagreement that did not fit
-    items       [doc_id, prompt, choices or 0, target, marks, texts, responses]
-    marks       a character a model: 1 right, 0 wrong, - not asked
-    responses   a number a model: place of its response in `texts`, or -1
+{models: [name], tasks: [{name, metric, wins, left_out, items}]}
+wins[a][b]  items that model a gets right and model b wrong, whether embedded or not
+left_out    items with a disagreement that did not fit
+items       [doc_id, prompt, choices or 0, target, marks, texts, responses]
+marks       a character a model: 1 right, 0 wrong, - not asked
+responses   a number a model: place of its response in `texts`, or -1
 """
 
 import json
@@ -125,7 +125,11 @@ def _frame(
 
 
 def _json(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = (
+        json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        .encode("utf-8", "replace")
+        .decode()
+    )
     for character, escape in _ESCAPES.items():
         text = text.replace(character, escape)
     return text

@@ -8,6 +8,7 @@ from distill.evaluate import render
 from distill.evaluate.page_model import PageComparison, PageCost, PageMetric, PageModel, PageTask
 from distill.evaluate.results import Estimate
 
+TIMES = "\N{MULTIPLICATION SIGN}"
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -153,7 +154,9 @@ def _probability(value: float) -> str:
 
 
 def _held_out(page: PageModel, rivals: list[int]) -> list[Column]:
-    gaps = [None if (gap := row.gap_recovered) is None else Estimate(value=gap) for row in page.rows]
+    gaps = [
+        None if (gap := row.gap_recovered) is None else Estimate(value=gap) for row in page.rows
+    ]
     shown: list[
         tuple[str, str, list[Estimate | None], Callable[..., str], bool]
     ] = [  # title, unit, scores, form, whether higher is better
@@ -267,13 +270,13 @@ def _costs(page: PageModel) -> list[Column]:
             cells.append(
                 Cell(
                     text=render.MISSING if value is None else f"{value / divisor:,.3g}",
-                    note="" if value is None or ratio is None else f"× {ratio:.2f}",
+                    note="" if value is None or ratio is None else f"{TIMES} {ratio:.2f}",
                     sort=value,
                 )
             )
         columns.append(
             Column(
-                group="Cost (× the teacher's)",
+                group=f"Cost ({TIMES} the teacher's)",
                 title=title,
                 unit=unit,
                 cells=tuple(cells),
