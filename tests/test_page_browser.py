@@ -132,7 +132,7 @@ def test_the_keyboard_sorts_by_name(visit: Visit) -> None:
     visit.page.keyboard.press("Space")
     assert visit.names() == sorted(ORDER, key=str.lower, reverse=True)
     visit.page.keyboard.press("Tab")
-    assert visit.page.evaluate("document.activeElement.textContent").strip() == "role"
+    assert visit.page.evaluate("document.activeElement.textContent").strip() == "parameters"
 
 
 def test_the_first_tab_skips_to_the_scores(visit: Visit) -> None:
@@ -165,9 +165,9 @@ def test_further_metrics_and_other_tasks_show_on_request(visit: Visit) -> None:
     visit.page.get_by_label("All metrics").check()
     assert titles().count("acc") == 2
     visit.page.get_by_label("Columns").select_option("gsm8k")
-    assert titles() == ["model", "role", "parameters", "exact_match"]
+    assert titles() == ["model", "parameters", "exact_match"]
     spans = visit.page.locator("#board .groups th:visible").all()
-    assert sum(one.evaluate("one => one.colSpan") for one in spans) == 3
+    assert sum(one.evaluate("one => one.colSpan") for one in spans) == 2
 
 
 @EVERYWHERE
@@ -220,8 +220,8 @@ def test_items_are_those_that_only_one_model_solves(visit: Visit) -> None:
     assert item.prompt.splitlines()[0] in text
     assert item.target in text
     assert item.answers["student-threshold-40"].response in text
-    assert "✓ initial" in text
-    assert "✗ student-threshold-40" in text
+    assert f"initial\n{item.target} ✓ right" in text
+    assert "✗ wrong" in text
 
 
 def test_choices_show_the_target_and_who_chose_what(visit: Visit) -> None:
@@ -260,3 +260,16 @@ def test_text_of_drawings_can_be_read_on_a_phone(browser: Any, address: str) -> 
     scale = visit.page.locator(".chart").first.evaluate("one => one.clientWidth / 360")
     assert 13 * scale >= 10
     visit.context.close()
+
+
+def test_details_lead_to_the_items_behind_a_difference(visit: Visit) -> None:
+    source = next(one for one in make_page().comparisons if one.is_significant)
+    visit.page.locator("#board tbody tr", has_text=source.model).locator(
+        "button.mark"
+    ).first.click()
+    visit.page.locator(".card:popover-open .see").click()
+    assert visit.page.locator(".card:popover-open").count() == 0
+    status = visit.page.locator("#item-status").inner_text()
+    assert f"only {source.model}, not {source.baseline}" in status
+    assert status.startswith(f"{source.gained} items of {source.task}")
+    assert visit.page.locator("#items").evaluate("one => one.getBoundingClientRect().top < 200")

@@ -24,7 +24,7 @@ from distill.evaluate.results import Estimate
 WIDTH = 360.0
 """Of most drawings: what a phone shows without shrinking text much."""
 
-_LEFT, _RIGHT, _TOP = 48.0, 350.0, 12.0
+_LEFT, _RIGHT, _TOP = 48.0, 346.0, 12.0
 _BOTTOM = 256.0
 _BELOW = 40.0
 """Room for ticks and the name of the axis."""
@@ -89,6 +89,7 @@ def gap_bars(page: PageModel) -> Drawing | None:
     found = [(row, gap) for row in page.rows if (gap := row.gap_recovered) is not None]
     if not found:
         return None
+    found.sort(key=lambda pair: pair[1], reverse=True)
     gaps = [gap for _, gap in found]
     axis = Axis(min(0.0, *gaps) * 1.05, max(1.0, *gaps), 12.0, _RIGHT)
     zero = axis.at(0.0)
@@ -106,7 +107,7 @@ def gap_bars(page: PageModel) -> Drawing | None:
     bottom = _TOP + _LINE_HEIGHT * len(lines)
     steps = [0.0, 0.25, 0.5, 0.75, 1.0]
     return Drawing(
-        title="Gap recovered",
+        title="By student, best first",
         desc=_sentence((row.name, f"{render.percent(gap)} %") for row, gap in found),
         height=bottom + _BELOW,
         frame=(12.0, _TOP, _RIGHT, bottom),

@@ -60,6 +60,10 @@ class Column:
     is_secondary: bool = False
     """Shown only on request: a metric that does not stand for its task."""
 
+    def has_marks(self) -> bool:
+        """Whether cells without a mark must leave room for one, so that numbers line up."""
+        return any(cell.difference and cell.difference.mark for cell in self.cells)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
@@ -72,20 +76,14 @@ class Group:
 
 
 def table_of(page: PageModel, differences: Sequence[Difference]) -> list[Column]:
-    """Make the columns of the table; what no model has gets none.
+    """Make the columns of the table; what no model has gets none, sizes apart.
 
     Bold is the best of the students, trained or not, as in the Markdown table.
     """
     students = [n for n, row in enumerate(page.rows) if row.role in ("initial", "student")]
     made = [
         Column(
-            group="Model",
-            title="role",
-            cells=tuple(Cell(text=row.role, sort=row.role) for row in page.rows),
-            is_text=True,
-        ),
-        Column(
-            group="Model",
+            group="Size",
             title="parameters",
             cells=tuple(
                 Cell(text=render.count(row.num_parameters), sort=row.num_parameters)
@@ -100,7 +98,8 @@ def table_of(page: PageModel, differences: Sequence[Difference]) -> list[Column]
         ),
         *_costs(page),
     ]
-    return [column for column in made if any(cell.text != render.MISSING for cell in column.cells)]
+    shown = [c for c in made[1:] if any(cell.text != render.MISSING for cell in c.cells)]
+    return [made[0], *shown]
 
 
 def groups_of(columns: Sequence[Column]) -> list[Group]:

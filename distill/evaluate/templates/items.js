@@ -15,7 +15,11 @@
     if (name) element.className = name;
     return element;
   };
-  const lastLine = (text) => text.trim().split("\n").at(-1).trim();
+  // The question, as a rule: the last line that says something, past a closing "Answer:".
+  const gist = (text) => {
+    const lines = text.trim().split("\n").map((line) => line.trim());
+    return lines.findLast((line) => line.length > 20) ?? lines.at(-1);
+  };
   const response = (item, model) => item[TEXTS][item[RESPONSES][model]];
 
   const choices = (item) => {
@@ -30,11 +34,12 @@
     }
     return shown;
   };
-  const answerTag = (item, model) => {
+  const answerTag = (item, model, name = data.models[model.value]) => {
     const isRight = item[MARKS][model.value] === "1";
-    const name = data.models[model.value];
     return make("span", `${isRight ? "✓" : "✗"} ${name}`, `tag ${isRight ? "right" : "wrong"}`);
   };
+  const verdict = (item, model) =>
+    answerTag(item, model, item[MARKS][model.value] === "1" ? "right" : "wrong");
   const pair = (name, text, tag) => {
     const row = make("div");
     row.append(make("dt", name), make("dd", text));
@@ -49,7 +54,7 @@
     texts.append(pair("Target", item[TARGET]));
     for (const model of [a, b]) {
       const name = data.models[model.value];
-      texts.append(pair(name, response(item, model.value), answerTag(item, model)));
+      texts.append(pair(name, response(item, model.value), verdict(item, model)));
     }
     shown.append(texts);
     return shown;
@@ -57,7 +62,7 @@
   const entry = (item) => {
     const shown = make("details");
     const head = make("summary");
-    head.append(make("span", `#${item[DOC_ID]}`, "muted"), make("span", lastLine(item[PROMPT])));
+    head.append(make("span", `#${item[DOC_ID]}`, "muted"), make("span", gist(item[PROMPT])));
     shown.append(head);
     shown.addEventListener("toggle", () => shown.append(body(item)), { once: true });
     return shown;
@@ -96,5 +101,16 @@
     addMore();
     list.children[first].querySelector("summary").focus();
   });
+  // From the details of a difference to the items behind it.
+  for (const link of document.querySelectorAll(".see")) {
+    link.addEventListener("click", () => {
+      a.value = data.models.indexOf(link.dataset.a);
+      b.value = data.models.indexOf(link.dataset.b);
+      document.querySelector("input[name=side][value=a]").checked = true;
+      task.value = data.tasks.findIndex((one) => one.name === link.dataset.task);
+      update();
+      link.closest(".card").hidePopover();
+    });
+  }
   update();
 })();
