@@ -10,7 +10,9 @@ import pytest
 from distill.evaluate import page as page_module
 from distill.evaluate.page import render_page
 from distill.evaluate.page_axes import fit, place_labels, plain_labels, round_step, shorten
-from distill.evaluate.page_charts import WIDTH, forest, gap_bars, kl_plot, reliability, size_plot
+from distill.evaluate.page_charts import forest, gap_bars, reliability
+from distill.evaluate.page_drawing import WIDTH
+from distill.evaluate.page_scatter import kl_plot, size_plot
 from distill.evaluate.page_table import MINUS, differences_of
 from tests.dom import parse
 from tests.pages import make_page

@@ -10,9 +10,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from distill.evaluate.page_charts import forest, gap_bars, kl_plot, reliability, size_plot
+from distill.evaluate.page_charts import forest, gap_bars, reliability
 from distill.evaluate.page_items import Embedded, embed
 from distill.evaluate.page_model import SIGNIFICANT_P, PageModel
+from distill.evaluate.page_scatter import kl_plot, size_plot
 from distill.evaluate.page_table import differences_of, groups_of, table_of
 
 MAX_BYTES = 2_000_000

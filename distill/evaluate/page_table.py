@@ -1,7 +1,7 @@
 """The table of the HTML page: groups of columns, cells, and differences in words. No torch here."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from distill.evaluate import render
@@ -58,8 +58,9 @@ class Column:
     highest_first: bool = False
     """What the first press of the header sorts by."""
     is_secondary: bool = False
-    """Shown only on request: a metric that does not stand for its task."""
+    """Shown only on request, as what does not stand for its group."""
 
+    @property
     def has_marks(self) -> bool:
         """Whether cells without a mark must leave room for one, so that numbers line up."""
         return any(cell.difference and cell.difference.mark for cell in self.cells)
@@ -167,7 +168,10 @@ def _held_out(page: PageModel, rivals: list[int]) -> list[Column]:
         ("acceptance", "%", [row.acceptance for row in page.rows], render.percent, True),
     ]
     return [
-        _scores("Held-out text", title, unit, scores, show, higher_is_better, rivals)
+        replace(
+            _scores("Held-out text", title, unit, scores, show, higher_is_better, rivals),
+            is_secondary=title in ("calibration error", "acceptance"),
+        )
         for title, unit, scores, show, higher_is_better in shown
     ]
 
@@ -227,21 +231,12 @@ def _task_column(
         for one in differences
         if (one.source.task, one.source.metric) == (task.name, metric.name)
     }
-    return Column(
-        group=task.name,
-        title=metric.name,
-        unit=unit,
+    return replace(
+        made,
         cells=tuple(
-            Cell(
-                text=cell.text,
-                note=cell.note,
-                sort=cell.sort,
-                is_best=cell.is_best,
-                difference=of_column.get(row.name),
-            )
+            replace(cell, difference=of_column.get(row.name))
             for row, cell in zip(page.rows, made.cells, strict=True)
         ),
-        highest_first=made.highest_first,
         is_secondary=metric is not task.main,
     )
 
