@@ -5,12 +5,13 @@ Needs Debian's chromium and the Python package playwright; downloads nothing.
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distill.evaluate.page import render_page
-from tests.pages import make_page
+from tests.pages import EVIL, make_page, renamed
 
 pytestmark = pytest.mark.slow
 
@@ -273,3 +274,21 @@ def test_details_lead_to_the_items_behind_a_difference(visit: Visit) -> None:
     assert f"only {source.model}, not {source.baseline}" in status
     assert status.startswith(f"{source.gained} items of {source.task}")
     assert visit.page.locator("#items").evaluate("one => one.getBoundingClientRect().top < 200")
+
+
+@pytest.mark.parametrize("name", [EVIL, "m" * 120])
+def test_names_run_no_code_and_never_widen_the_page(
+    browser: Any, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(render_page(renamed(make_page(), "student-threshold-40", name)))
+    visit = Visit(browser, path.as_uri(), PHONE, "dark")
+    visit.page.on("dialog", lambda dialog: visit.complaints.append(dialog.message))
+    visit.page.reload()
+    for summary in visit.page.locator("summary").all():
+        summary.click()
+    assert visit.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert name in visit.names()
+    assert name in visit.page.locator("#item-status").inner_text()
+    assert visit.complaints == []
+    visit.context.close()

@@ -223,3 +223,21 @@ def test_a_long_name_keeps_both_ends() -> None:
     assert len(short) == 20
     assert short.startswith("student-o")
     assert short.endswith("seed-17")
+
+
+def test_a_label_covers_an_error_bar_only_if_it_must() -> None:
+    frame, point = (48.0, 12.0, 350.0, 256.0), [(200.0, 100.0, "name")]
+    (right,) = place_labels(point, frame)
+    (left,) = place_labels(point, frame, [(210.0, 80.0, 214.0, 120.0)])
+    (forced,) = place_labels(point, frame, [frame])
+    assert right is not None
+    assert left is not None
+    assert (right.anchor, left.anchor) == ("start", "end")
+    assert forced == right
+
+
+def test_students_of_one_size_all_have_their_names() -> None:
+    for task in PAGE.tasks[:3]:
+        drawing = size_plot(PAGE, task)
+        assert drawing is not None
+        assert all(mark.label for mark in drawing.marks), task.name

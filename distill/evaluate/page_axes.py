@@ -101,33 +101,32 @@ class Label:
 
 
 def place_labels(
-    points: Sequence[tuple[float, float, str]], frame: Box, taken: Sequence[Box] = ()
+    points: Sequence[tuple[float, float, str]], frame: Box, avoid: Sequence[Box] = ()
 ) -> list[Label | None]:
     """Put a name beside each point so that none covers a mark, another name or the frame's edge.
 
-    Greedy, in order: right, left, above, below, then the same a line further. None where there is
-    no room.
+    Greedy, in this order: right, left, a line higher, a line lower. None where there is no room.
 
     Args:
         points: x, y and name of each.
         frame: Where names must stay.
-        taken: Further boxes to be left free.
+        avoid: Boxes that a name covers only if it finds no other place.
     """
     r = _MARK_RADIUS
-    used = [*taken, *((x - r, y - r, x + r, y + r) for x, y, _ in points)]
+    used = [(x - r, y - r, x + r, y + r) for x, y, _ in points]
     labels: list[Label | None] = []
     for x, y, name in points:
         text = shorten(name)
         width = _CHARACTER_WIDTH * len(text)
-        chosen = None
-        for label, box in _candidates(x, y, text, width):
-            inside = frame[0] <= box[0] and box[2] <= frame[2]
-            inside = inside and frame[1] <= box[1] and box[3] <= frame[3]
-            if inside and not any(_overlap(box, other) for other in used):
-                chosen = label
-                used.append(box)
-                break
-        labels.append(chosen)
+        free = [
+            (label, box)
+            for label, box in _candidates(x, y, text, width)
+            if _is_inside(box, frame) and not any(_overlap(box, other) for other in used)
+        ]
+        clear = [one for one in free if not any(_overlap(one[1], other) for other in avoid)]
+        chosen = next(iter([*clear, *free]), None)
+        used += [chosen[1]] if chosen else []
+        labels.append(chosen[0] if chosen else None)
     return labels
 
 
@@ -142,6 +141,11 @@ def _candidates(x: float, y: float, text: str, width: float) -> Iterable[tuple[L
             middle = y + down * 1.15
             box = (x - width / 2, middle - half, x + width / 2, middle + half)
             yield Label(x, middle + 4, "middle", text), box
+
+
+def _is_inside(box: Box, frame: Box) -> bool:
+    across = frame[0] <= box[0] and box[2] <= frame[2]
+    return across and frame[1] <= box[1] and box[3] <= frame[3]
 
 
 def _overlap(one: Box, other: Box) -> bool:
