@@ -98,6 +98,11 @@ def task_names(models: Sequence[ModelResult]) -> list[str]:
     return sorted({name for model in models for name in model.tasks})
 
 
+def is_share(metric: str, higher_is_better: bool | None) -> bool:
+    """Whether a metric of a task is a share of 1, to be shown in percent."""
+    return higher_is_better is True and not metric.startswith(_NOT_PERCENT)
+
+
 def _task_column(
     models: Sequence[ModelResult],
     task: str,
@@ -110,37 +115,16 @@ def _task_column(
     higher_is_better = one.main.higher_is_better
     # What was asked differently does not compete.
     rivals = [row for row in students if mixed.MARK not in marks.get((models[row].name, task), "")]
-    is_share = higher_is_better is True and not one.main_metric.startswith(_NOT_PERCENT)
-    show = render.percent if is_share else render.number
+    in_percent = is_share(one.main_metric, higher_is_better)
+    show = render.percent if in_percent else render.number
     return Column(
-        title="\n".join([task, one.main_metric, *(["(%)"] if is_share else [])]),
+        title="\n".join([task, one.main_metric, *(["(%)"] if in_percent else [])]),
         cells=tuple(
             show(s.value, s.stderr) + marks.get((model.name, task), "") if s else render.MISSING
             for model, s in zip(models, scores, strict=True)
         ),
         best=render.best_rows(_values(scores), rivals, higher_is_better),
     )
-
-
-def _marks(
-    models: Sequence[ModelResult], comparisons: Sequence[Comparison]
-) -> dict[tuple[str, str], str]:
-    """Name of a model and of a task -> what stands behind the score."""
-    higher_is_better = {
-        task: scores.main.higher_is_better
-        for model in models
-        for task, scores in model.tasks.items()
-    }
-    marks = {}
-    for found in comparisons:
-        wanted = higher_is_better.get(found.task)
-        if found.is_significant and wanted is not None:
-            is_better = (found.difference > 0) == wanted
-            marks[found.model, found.task] = f" {BETTER if is_better else WORSE}"
-    for clash in mixed.find_clashes(models):
-        at = clash.other.name, clash.task
-        marks[at] = f"{marks.get(at, '')} {mixed.MARK}"
-    return marks
 
 
 def _values(scores: Sequence[Estimate | None]) -> list[float | None]:
