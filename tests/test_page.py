@@ -209,12 +209,12 @@ def test_a_page_of_one_model_without_scores_is_a_page() -> None:
 
 def test_the_page_of_a_leaderboard_has_its_numbers(tmp_path: Path) -> None:
     board = compare([make_run(tmp_path / "demo")])
-    page = page_of(board, {"python": "3.11", "datasets": None})
+    page = page_of(board, ["a note"], {"python": "3.11", "datasets": None})
     assert page.versions == (("python", "3.11"),)
     dom = parse(render_page(page))
     assert rows(dom)["student"] == [
         *("113 M", "13.46", "0.412", "70.1 ± 0.3", "70.0"),
-        *("44.0 ± 2.2", "43.0 ± 2.1", "23.46"),
+        *("44.0 ± 2.2 ▲", "43.0 ± 2.1", "23.46"),
     ]
     assert rows(dom)["initial"][-1] == "not finite"
     settings = dom.one("section", id="settings").text

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from lm_eval.api import metrics as lm_eval_metrics
 from numpy.typing import NDArray
-from scipy import stats  # type: ignore[import-untyped]
-from statsmodels.stats.contingency_tables import (  # type: ignore[import-untyped]
+from scipy import stats
+from statsmodels.stats.contingency_tables import (
     mcnemar as statsmodels_mcnemar,
 )
-from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped]
+from statsmodels.stats.multitest import multipletests
 
 from distill.evaluate.items import Items, NotPairedError
 from distill.evaluate.paired import (

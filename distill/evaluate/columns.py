@@ -127,5 +127,26 @@ def _task_column(
     )
 
 
+def _marks(
+    models: Sequence[ModelResult], comparisons: Sequence[Comparison]
+) -> dict[tuple[str, str], str]:
+    """Name of a model and of a task -> what stands behind the score."""
+    higher_is_better = {
+        task: scores.main.higher_is_better
+        for model in models
+        for task, scores in model.tasks.items()
+    }
+    marks = {}
+    for found in comparisons:
+        wanted = higher_is_better.get(found.task)
+        if found.is_significant and wanted is not None:
+            is_better = (found.difference > 0) == wanted
+            marks[found.model, found.task] = f" {BETTER if is_better else WORSE}"
+    for clash in mixed.find_clashes(models):
+        at = clash.other.name, clash.task
+        marks[at] = f"{marks.get(at, '')} {mixed.MARK}"
+    return marks
+
+
 def _values(scores: Sequence[Estimate | None]) -> list[float | None]:
     return [score.value if score else None for score in scores]

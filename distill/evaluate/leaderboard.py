@@ -13,6 +13,8 @@ from distill.errors import EvalError
 from distill.evaluate import mixed, render, significance
 from distill.evaluate.columns import BETTER, WORSE, columns, notes
 from distill.evaluate.foreign import collect_foreign, is_foreign, run_name
+from distill.evaluate.page import render_page
+from distill.evaluate.page_source import page_of
 from distill.evaluate.paired import Comparison, Gap
 from distill.evaluate.results import ModelResult, collect
 from distill.evaluate.sheets import as_csv, as_tree, versions
@@ -109,7 +111,7 @@ def print_table(board: Leaderboard, console: Console | None = None) -> None:
 
 
 def write(board: Leaderboard, out: Path) -> None:
-    """Write leaderboard.md, leaderboard.csv and results.json; equal results give equal bytes.
+    """Write leaderboard.md, .csv and .html, and results.json; equal results give equal bytes.
 
     Raises:
         StorageError: the disk is full or read-only.
@@ -118,6 +120,8 @@ def write(board: Leaderboard, out: Path) -> None:
     text = f"# Leaderboard\n\n{render.markdown(_columns(board))}\n{below}"
     write_text_atomically(out / "leaderboard.md", text)
     write_text_atomically(out / "leaderboard.csv", as_csv(board.models))
+    page = page_of(board, all_notes(board), versions())
+    write_text_atomically(out / "leaderboard.html", render_page(page))
     write_json_atomically(out / "results.json", _as_json(board))
 
 

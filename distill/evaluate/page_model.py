@@ -103,9 +103,9 @@ class PageComparison:
     high: float
     p_value: float
     p_holm: float
-    gained: int
-    """Items that only the model solves."""
-    lost: int
+    gained: int | None
+    """Items that only the model solves; None where items are not solved or missed."""
+    lost: int | None
     """Items that only the baseline solves."""
     test: str
 

@@ -1,28 +1,34 @@
 """Make the model of the HTML page from a leaderboard. No torch here."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from distill.evaluate.columns import is_share, notes, task_names
+from distill.evaluate.columns import is_share, task_names
 from distill.evaluate.page_model import (
     PageAnswer,
+    PageComparison,
     PageItem,
     PageMetric,
     PageModel,
+    PageReliability,
     PageRow,
     PageTask,
 )
-from distill.evaluate.results import ModelResult
+from distill.evaluate.results import Estimate, Fidelity, ModelResult
 
 if TYPE_CHECKING:
     from distill.evaluate.leaderboard import Leaderboard
 
 
-def page_of(board: "Leaderboard", versions: Mapping[str, str | None] | None = None) -> PageModel:
+def page_of(
+    board: "Leaderboard", notes: Sequence[str], versions: Mapping[str, str | None]
+) -> PageModel:
     """Collect what the page shows of `board`.
 
     Args:
         board: Comparable results.
+        notes: How scores and tests were made, one line each.
         versions: Name -> version of the software that made them; None where it is not installed.
     """
     return PageModel(
@@ -30,13 +36,13 @@ def page_of(board: "Leaderboard", versions: Mapping[str, str | None] | None = No
         rows=tuple(_row(model) for model in board.models),
         tasks=tuple(_task(board.models, name) for name in task_names(board.models)),
         held_out_is_comparable=board.held_out_is_comparable,
-        notes=tuple(notes(board.models)),
-        versions=tuple((name, found) for name, found in (versions or {}).items() if found),
-        # Where the board's paired tests go in, whose fields have the same names:
-        #   baseline=board.baseline,
-        #   comparisons=tuple(PageComparison(**asdict(one)) for one in board.comparisons),
-        # Where the samples go in, for each task and its main metric:
-        #   items=items_of(task, metric, {model.name: model.samples(task) for ... in board.models})
+        baseline=board.baseline,
+        comparisons=tuple(PageComparison(**asdict(one)) for one in board.comparisons),
+        items=tuple(
+            item for task in task_names(board.models) for item in _items(board.models, task)
+        ),
+        notes=tuple(notes),
+        versions=tuple((name, found) for name, found in versions.items() if found),
     )
 
 
@@ -93,8 +99,31 @@ def _row(model: ModelResult) -> PageRow:
         kl_nats=fidelity.kl_nats if fidelity else None,
         agreement=fidelity.agreement if fidelity else None,
         gap_recovered=model.gap_recovered,
-        # Where the fidelity's ece, acceptance and reliability go in, and the model's cost.
+        **_calibration(fidelity),
     )
+
+
+def _calibration(fidelity: Fidelity | None) -> dict[str, Any]:
+    """What the page shows of a model's confidence and of the draws that the teacher accepts."""
+    found: dict[str, Any] = {}
+    if fidelity is not None and fidelity.exact is not None:
+        found["acceptance"] = fidelity.exact.acceptance
+    if fidelity is not None and fidelity.reliability is not None:
+        bins = fidelity.reliability
+        found["ece"] = Estimate(value=bins.ece)
+        found["reliability"] = PageReliability(
+            edges=tuple(n / len(bins.count) for n in range(len(bins.count) + 1)),
+            confidence=bins.confidence,
+            accuracy=bins.accuracy,
+            count=bins.count,
+        )
+    return found
+
+
+def _items(models: Sequence[ModelResult], task: str) -> tuple[PageItem, ...]:
+    scored = [model for model in models if task in model.tasks]
+    samples = {model.name: model.samples(task) for model in scored}
+    return items_of(task, scored[0].tasks[task].main_metric, samples)
 
 
 def _task(models: Sequence[ModelResult], name: str) -> PageTask:

@@ -94,6 +94,25 @@ class TaskScores:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """Rows in ten equally wide bins of confidence; see `distill.evaluate.calibration`."""
+
+    count: tuple[int, ...]
+    confidence: tuple[float | None, ...]
+    accuracy: tuple[float | None, ...]
+    ece: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact:
+    """Measured over whole distributions; see `distill.evaluate.dense`."""
+
+    kl_nats: Estimate
+    agreement: Estimate
+    acceptance: Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fidelity:
     """Closeness of one model to the teacher on held-out blocks; means over rows, in nats."""
 
@@ -102,6 +121,13 @@ class Fidelity:
     ce_nats: Estimate
     kl_nats: Estimate
     agreement: Estimate
+    num_documents: int | None = None
+    bits_per_byte: Estimate | None = None
+    acceptance: tuple[Estimate, Estimate] | None = None
+    """Between the two, as far as a cache tells; see `exact`."""
+    reliability: Reliability | None = None
+    teacher_reliability: Reliability | None = None
+    exact: Exact | None = None
 
     @property
     def settings(self) -> dict[str, Any]:

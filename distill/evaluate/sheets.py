@@ -9,9 +9,9 @@ from platform import python_version
 from typing import Any
 
 from distill.evaluate.columns import task_names
-from distill.evaluate.results import Estimate, ModelResult
+from distill.evaluate.results import Estimate, Fidelity, ModelResult
 
-_HELD_OUT = ("ce_nats", "kl_nats", "agreement")
+_HELD_OUT = ("ce_nats", "kl_nats", "agreement", "bits_per_byte")
 
 _LIBRARIES = ("accelerate", "datasets", "lm_eval", "numpy", "tokenizers", "torch", "transformers")
 
@@ -51,12 +51,26 @@ def _line(model: ModelResult, tasks: Sequence[str]) -> dict[str, str | int | flo
     }
     for name in _HELD_OUT:
         line |= _cells(name, getattr(model.fidelity, name) if model.fidelity else None)
+    line |= _calibration_cells(model.fidelity)
     line["gap_recovered"] = model.gap_recovered
     for task in tasks:
         scores = model.tasks.get(task)
         line[f"{task} metric"] = scores.main_metric if scores else None
         line |= _cells(task, scores.main if scores else None)
     return line
+
+
+def _calibration_cells(fidelity: Fidelity | None) -> dict[str, float | None]:
+    bins = fidelity.reliability if fidelity else None
+    exact = fidelity.exact if fidelity else None
+    bounds = fidelity.acceptance if fidelity else None
+    return {
+        "calibration_error": bins.ece if bins else None,
+        "acceptance_least": bounds[0].value if bounds else None,
+        "acceptance_most": bounds[1].value if bounds else None,
+        **_cells("exact_kl_nats", exact.kl_nats if exact else None),
+        **_cells("exact_acceptance", exact.acceptance if exact else None),
+    }
 
 
 def _cells(name: str, estimate: Estimate | None) -> dict[str, float | None]:
