@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from distill.evaluate import render
 from distill.evaluate.render import Column
-from distill.evaluate.results import Estimate, Fidelity, ModelResult
+from distill.evaluate.results import Estimate, Fidelity, MeasuredCost, ModelResult
 
 _NOT_PERCENT = ("bleu", "chrf", "likelihood")
 """Metrics of which more is better, but which are no share of 1."""
@@ -18,6 +18,13 @@ _HELD_OUT = (
     ("top-1\nagreement\n(%)", lambda fidelity: fidelity.agreement, render.percent, True),
 )
 """Title, value, form, and whether higher is better."""
+
+_AGAINST_TEACHER: tuple[tuple[str, Callable[[MeasuredCost], float]], ...] = (
+    ("prefill\nspeed", lambda cost: cost.prefill_tokens_per_second),
+    ("decode\nspeed", lambda cost: cost.decode_tokens_per_second),
+    ("peak\nmemory", lambda cost: cost.peak_bytes),
+)
+"""Title and value of what is shown as a multiple of the teacher's."""
 
 
 def columns(models: Sequence[ModelResult], held_out_is_comparable: bool) -> list[Column]:
@@ -34,6 +41,7 @@ def columns(models: Sequence[ModelResult], held_out_is_comparable: bool) -> list
         Column(title="role", cells=tuple(model.role for model in models), is_text=True),
         Column(title="parameters", cells=tuple(render.count(m.num_parameters) for m in models)),
     ]
+    made += _cost_columns(models)
     if any(model.fidelity for model in models):
         for title, read, show, higher_is_better in _HELD_OUT:
             scores = [read(model.fidelity) if model.fidelity else None for model in models]
@@ -75,6 +83,7 @@ def notes(models: Sequence[ModelResult]) -> list[str]:
         "Bold: the best student of a column, before or after training.",
         "Standard errors (±) are those of single models, not of differences between models.",
     ]
+    lines += sorted({_cost_note(model.cost) for model in models if model.cost})
     if any(model.gap_recovered is not None for model in models):
         lines.append(
             "Gap recovered: the share of the held-out cross-entropy between initial student (0) "
@@ -86,6 +95,39 @@ def notes(models: Sequence[ModelResult]) -> list[str]:
 def task_names(models: Sequence[ModelResult]) -> list[str]:
     """Names of all tasks that some model was scored on, sorted."""
     return sorted({name for model in models for name in model.tasks})
+
+
+def _cost_columns(models: Sequence[ModelResult]) -> list[Column]:
+    if not any(model.cost for model in models):
+        return []
+    teachers = [model.cost for model in models if model.role == "teacher" and model.cost]
+
+    def against_teacher(model: ModelResult, read: Callable[[MeasuredCost], float]) -> str:
+        cost = model.cost
+        like = [c for c in teachers if cost and c.settings == cost.settings]
+        return render.ratio(read(cost), read(like[0])) if cost and like else render.MISSING
+
+    weights = (
+        render.gigabytes(model.cost.weight_bytes) if model.cost else render.MISSING
+        for model in models
+    )
+    return [
+        Column(title="weights\n(GB)", cells=tuple(weights)),
+        *(
+            Column(title=title, cells=tuple(against_teacher(model, read) for model in models))
+            for title, read in _AGAINST_TEACHER
+        ),
+    ]
+
+
+def _cost_note(cost: MeasuredCost) -> str:
+    made, machine = cost.settings["settings"], cost.settings["machine"]
+    return (
+        "Speed and peak memory are relative to the teacher's on the same machine "
+        f"({cost.settings['device']}, {machine['processor']}, {cost.settings['dtype']}), with "
+        f"transformers: {made['prompt_tokens']:,} prompt tokens, {made['new_tokens']:,} new ones, "
+        f"batches of {made['batch_size']}, median of {made['rounds']} rounds."
+    )
 
 
 def _task_column(models: Sequence[ModelResult], task: str, students: list[int]) -> Column:

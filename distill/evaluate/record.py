@@ -1,9 +1,11 @@
 """What of lm-eval's results goes into a score file: plain JSON values under plain names."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
+
+from distill.evaluate.readable import readable
 
 _PREFERRED = ("acc_norm", "acc", "exact_match")
 """Main metric of a task that has several, first match."""
@@ -33,19 +35,29 @@ def metrics_of(
     return metrics
 
 
-def samples_of(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Collect the metric values of each document, sorted by `doc_id`.
+def samples_of(
+    samples: Iterable[Mapping[str, Any]],
+    output_type: str,
+    gold_of: Callable[[Mapping[str, Any]], Any],
+) -> list[dict[str, Any]]:
+    """Collect the metric values of each document and its texts, sorted by `doc_id`.
 
     lm-eval lists a document once for each filter; here it has one entry with all metrics.
+
+    Args:
+        samples: What lm-eval has logged of one task.
+        output_type: The task's.
+        gold_of: Returns the right answer of a sample, as `readable` takes it.
     """
     documents: dict[int, dict[str, Any]] = {}
     for sample in samples:
-        document = documents.setdefault(
-            sample["doc_id"],
-            {"doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"], "metrics": {}},
-        )
+        doc_id = sample["doc_id"]
+        if doc_id not in documents:
+            texts = readable(sample, output_type, gold_of(sample))
+            known = {"doc_id": doc_id, "doc_hash": sample["doc_hash"], "metrics": {}}
+            documents[doc_id] = known | texts
         for metric in sample["metrics"]:
-            document["metrics"][_name(metric, sample["filter"])] = _plain(sample[metric])
+            documents[doc_id]["metrics"][_name(metric, sample["filter"])] = _plain(sample[metric])
     return [documents[doc_id] for doc_id in sorted(documents)]
 
 

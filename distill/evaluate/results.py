@@ -4,6 +4,7 @@ RUN/eval/models.json            [{name, role, path, num_parameters}], in display
 RUN/eval/MODEL/TASK.json        scores on a task: see `distill.evaluate.harness`
 RUN/eval/MODEL/fidelity.json    {identity, num_rows, ce_nats, kl_nats, agreement}, the last three
                                 {value, stderr}; a model may lack the file
+RUN/eval/MODEL/cost.json        speed and memory, if measured: see `distill.evaluate.cost`
 """
 
 import json
@@ -17,6 +18,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from distill.errors import EvalError
+from distill.evaluate.cost import Cost
 
 R = TypeVar("R")
 
@@ -29,6 +31,7 @@ Finite = Annotated[
 """A number, or None in place of NaN and infinity, which JSON does not have."""
 
 _FIDELITY = "fidelity.json"
+_COST = "cost.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,7 @@ class TaskScores:
     @property
     def settings(self) -> dict[str, Any]:
         """What must be equal for two models to be compared; runs may be repeated with seeds."""
-        own = _without(self.identity, ("model", "weights", "task", "seed"))
+        own = _without(self.identity, ("model", "weights", "model_settings", "task", "seed"))
         return {"metric": self.main_metric, **own}
 
 
@@ -79,8 +82,20 @@ class Fidelity:
     @property
     def settings(self) -> dict[str, Any]:
         """What must be equal for two models to be compared."""
-        own = _without(self.identity, ("model", "weights", "versions"))
+        own = _without(self.identity, ("model", "weights", "model_settings", "versions"))
         return {"num_rows": self.num_rows, **own}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredCost(Cost):
+    """Speed and memory of one model, and what they were measured with."""
+
+    identity: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What must be equal for two models to be compared: the machine above all."""
+        return _without(self.identity, ("weights", "model_settings"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +109,7 @@ class ModelResult:
     tasks: dict[str, TaskScores]
     fidelity: Fidelity | None
     gap_recovered: float | None = None
+    cost: MeasuredCost | None = None
 
     @property
     def weights(self) -> str | None:
@@ -106,6 +122,8 @@ class ModelResult:
         identities = {task: scores.identity for task, scores in self.tasks.items()}
         if self.fidelity is not None:
             identities["fidelity"] = self.fidelity.identity
+        if self.cost is not None:
+            identities["cost"] = self.cost.identity
         known = {
             name: identity.get("weights") or identity.get("model")
             for name, identity in identities.items()
@@ -191,8 +209,8 @@ def _refuse_mixed_weights(folder: Path, models: list[ModelResult]) -> None:
 
 
 def _read_model(folder: Path, listed: _Listed, run: str) -> ModelResult:
-    fidelity = folder / _FIDELITY
-    tasks = (path for path in sorted(folder.glob("*.json")) if path.name != _FIDELITY)
+    fidelity, cost = folder / _FIDELITY, folder / _COST
+    tasks = (path for path in sorted(folder.glob("*.json")) if path not in (fidelity, cost))
     return ModelResult(
         name=listed.name,
         role=listed.role,
@@ -200,6 +218,7 @@ def _read_model(folder: Path, listed: _Listed, run: str) -> ModelResult:
         num_parameters=listed.num_parameters,
         tasks={path.stem: _read(path, TaskScores) for path in tasks},
         fidelity=_read(fidelity, Fidelity) if fidelity.is_file() else None,
+        cost=_read(cost, MeasuredCost) if cost.is_file() else None,
     )
 
 
