@@ -73,7 +73,7 @@ def test_chat_templates_stand_around_prompts_and_in_the_identity(score: Score) -
 
 def test_a_tokenizer_without_chat_template_is_refused(score: Score, tmp_path: Path) -> None:
     save_model(tmp_path / "base", seed=0)
-    with pytest.raises(EvalError, match="has no chat template, which .*apply_chat_template"):
+    with pytest.raises(EvalError, match=r"has no chat template, which .*apply_chat_template"):
         score("tiny_choice", model=tmp_path / "base", apply_chat_template=True)
 
 
@@ -116,9 +116,7 @@ def test_a_table_can_average_a_group_as_lm_eval_does(
     for group, by_size in (("tiny_by_size", True), ("tiny_by_task", False)):
         files = score(group)
         theirs = simple_evaluate(
-            model=HFLM(
-                pretrained=str(tiny_teacher), dtype="float32", device="cpu", max_length=128
-            ),
+            model=HFLM(pretrained=str(tiny_teacher), dtype="float32", device="cpu", max_length=128),
             tasks=[group],
             task_manager=task_manager(str(task_folder)),
             bootstrap_iters=0,

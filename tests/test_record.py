@@ -101,6 +101,6 @@ def test_a_given_continuation_is_the_response_if_the_model_would_say_it(
     assert readable(sample, "loglikelihood", " mat") == {
         "prompt": "the cat sat on the",
         "choices": None,
-        "target": " mat",
+        "target": "mat",
         "response": response,
     }

@@ -93,9 +93,7 @@ def write_tasks(folder: Path) -> None:
         "doc_to_choice": None,
         "doc_to_target": "{{choices[answer]}}",
         "generation_kwargs": {"until": ["z"], "max_gen_toks": 8, "do_sample": False},
-        "metric_list": [
-            {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
-        ],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
     # As Winogrande: the choice stands in the context, and what follows it is scored.
     in_context = {

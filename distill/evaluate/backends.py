@@ -24,8 +24,9 @@ _SHARED_ARGS = frozenset({"revision", "trust_remote_code"})
 
 _ROOM = 2
 """Tokens beyond `evaluation.max_length` that an engine or a server needs: lm-eval sends them the
-predicted token too, and has them generate another. With this room its cuts, and the windows of
-rolling perplexities, are those of the hf backend."""
+predicted token too, and has them generate another. With this room its cuts of scored texts, and the
+windows of rolling perplexities, are those of the hf backend; a prompt that is cut before text is
+generated keeps one token more."""
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),

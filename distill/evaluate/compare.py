@@ -12,7 +12,14 @@ import torch
 from distill.cache.reader import Cache, open_cache
 from distill.config import ComparedModelConfig, ExperimentConfig
 from distill.distillation_model import DistillationModel
-from distill.errors import CacheError, ConfigError, DistillError, EvalError, MismatchError, StorageError
+from distill.errors import (
+    CacheError,
+    ConfigError,
+    DistillError,
+    EvalError,
+    MismatchError,
+    StorageError,
+)
 from distill.evaluate.backends import identify
 from distill.evaluate.cost import keep_cost
 from distill.evaluate.failures import MODEL_ERRORS, first_line
@@ -165,9 +172,7 @@ def _measure_fidelity(
         on_progress(f"{model.name}: fidelity is there, skipped")
         return
     options = pretrained_options(settings)
-    tokenizer = load_tokenizer(
-        settings.tokenizer or settings.path, what, options.get("revision")
-    )
+    tokenizer = load_tokenizer(settings.tokenizer or settings.path, what, options.get("revision"))
     fingerprint = of_tokenizer(tokenizer)
     if fingerprint != cache.manifest.tokenizer["fingerprint"]:
         if model.role == "other":

@@ -18,7 +18,7 @@ The file `MODEL/TASK.json`:
     group                `requested`, if it is a group; weight_by_size: whether lm-eval averages the
                          main metric over the group by documents (true), over tasks (false), or not
                          at all (null)
-    samples              [{doc_id, doc_hash, metrics, prompt, choices, target, response}], by doc_id:
+    samples              [{doc_id, doc_hash, metrics, prompt, choices, target, response}], sorted:
                          for paired tests and for readers; see `distill.evaluate.readable`
     seconds              wall time
 """
@@ -50,6 +50,7 @@ __all__ = ["check_tasks", "run_tasks"]
 
 _BOOTSTRAP_ITERS = 1000
 """Draws for the metrics whose standard error has no formula; perplexity is one."""
+
 
 def run_tasks(
     model_name: str,
@@ -123,7 +124,7 @@ def run_tasks(
 
 
 def _settings(task: PlannedTask, config: EvaluationConfig, seed: int) -> dict[str, object]:
-    settings = {
+    settings: dict[str, object] = {
         "task": task.name,
         "task_definition": task.definition,
         "limit": config.limit,

@@ -74,7 +74,9 @@ def with_adapter(model: Any, adapter: str, base: str) -> Any:
         ) from error
     try:
         with warnings.catch_warnings():
-            # peft goes on with fresh layers in place of those that the file lacks.
+            # peft asks transformers by old names, and goes on with fresh layers in place of those
+            # that the file lacks.
+            warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("error", message=".*missing adapter keys")
             adapted = PeftModel.from_pretrained(model, adapter)
     except (*MODEL_ERRORS, UserWarning) as error:
@@ -83,7 +85,7 @@ def with_adapter(model: Any, adapter: str, base: str) -> Any:
             "  It must be a PEFT adapter of this model: compare base_model_name_or_path and "
             "target_modules in its adapter_config.json."
         ) from error
-    kind = adapted.peft_config["default"]
+    kind: Any = adapted.peft_config["default"]
     if kind.is_prompt_learning:
         raise EvalError(
             f"the adapter {adapter} is of type {kind.peft_type.value}, which changes prompts.\n"

@@ -1,7 +1,6 @@
 """What a reader of disagreements needs of one document: prompt, choices, target, response."""
 
 from collections.abc import Mapping, Sequence
-from os.path import commonprefix
 from typing import Any
 
 _PROMPT_CHARS = 1500
@@ -42,7 +41,7 @@ def readable(sample: Mapping[str, Any], output_type: str, gold: Any) -> dict[str
     return {
         "prompt": prompt if len(prompt) <= _PROMPT_CHARS else f"…{prompt[-_PROMPT_CHARS:]}",
         "choices": None if choices is None else [_cut(choice) for choice in choices],
-        "target": _cut(_text(gold, choices)),
+        "target": _cut(_text(gold, choices).strip()),
         "response": None if response is None else _cut(response),
     }
 
@@ -56,7 +55,8 @@ def _split(requests: Sequence[tuple[str, ...]]) -> tuple[str, list[str]]:
     if len(set(contexts)) == 1:
         return contexts[0], [continuation.strip() for _, continuation in requests]
     # As in Winogrande, the choice stands in the context, and what follows it is scored.
-    shared = commonprefix(contexts)
+    alike = [len(set(letters)) == 1 for letters in zip(*contexts, strict=False)]
+    shared = contexts[0][: [*alike, False].index(False)]
     start = max(shared.rfind(" "), shared.rfind("\n")) + 1
     return shared[:start].rstrip(" "), ["".join(request)[start:].strip() for request in requests]
 
