@@ -25,7 +25,7 @@ from distill.evaluate.cost import keep_cost
 from distill.evaluate.failures import MODEL_ERRORS, first_line
 from distill.evaluate.fidelity import measure
 from distill.evaluate.harness import check_tasks, run_tasks
-from distill.evaluate.local_models import pretrained_options, with_adapter
+from distill.evaluate.local_models import free_memory, pretrained_options, with_adapter
 from distill.files import write_json_atomically
 from distill.fingerprint import of_tokenizer, of_weights
 from distill.models import load_causal_lm, load_tokenizer, out_of_memory_as, pick_device
@@ -195,6 +195,8 @@ def _measure_fidelity(
         with ProgressBar(f"fidelity {model.name}", cache.manifest.num_tokens) as bar:
             fidelity = measure(wrapped, cache, device=device, on_block=bar.advance)
     write_json_atomically(target, {"identity": identity, **fidelity.as_dict()})
+    del loaded, wrapped
+    free_memory()
 
 
 def _run_tasks(
@@ -253,7 +255,8 @@ def _weights(model: ComparedModelConfig) -> dict[str, Any]:
 
 def _failed(failures: list[tuple[str, Exception]], num_models: int) -> EvalError:
     names = list(dict.fromkeys(name for name, _ in failures))
-    texts = "\n".join(_indented(name, error) for name, error in failures)
+    # A model that is not there fails in every stage, with the same words.
+    texts = "\n".join(dict.fromkeys(_indented(name, error) for name, error in failures))
     return EvalError(
         f"{len(names)} of {num_models} models could not be scored in full: {', '.join(names)}. "
         f"The others have their scores.\n{texts}"

@@ -23,7 +23,6 @@ The file `MODEL/TASK.json`:
     seconds              wall time
 """
 
-import gc
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -32,7 +31,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from lm_eval import evaluate
 from lm_eval.api.model import TemplateLM
 from transformers import set_seed
@@ -41,6 +39,7 @@ from distill.config import ComparedModelConfig, EvaluationConfig
 from distill.errors import EvalError
 from distill.evaluate.backends import identify, open_model
 from distill.evaluate.failures import TASK_ERRORS, first_line
+from distill.evaluate.local_models import free_memory
 from distill.evaluate.quiet import quiet
 from distill.evaluate.record import main_metric, metrics_of, samples_of, summary
 from distill.evaluate.tasks import PlannedTask, check_tasks, task_manager
@@ -117,7 +116,7 @@ def run_tasks(
             )
             on_progress(f"{model_name}: {task.name} {summary(scores)}, {seconds:.0f} s")
         del loaded
-        _free()
+        free_memory()
     if failures:
         raise _failed(model_name, failures, len(planned)) from next(iter(failures.values()))
     return [files[task] for task in planned]
@@ -209,12 +208,6 @@ def _gold(task: Any, sample: Mapping[str, Any]) -> Any:
     # With several contexts (Winogrande), the target is what follows; the text says which is right.
     is_in_context = getattr(task, "multiple_input", False)
     return task.doc_to_text(sample["doc"]) if is_in_context else sample["target"]
-
-
-def _free() -> None:
-    gc.collect()  # models hold reference cycles
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _failed(

@@ -1,10 +1,12 @@
 """Open models of transformers, and the PEFT adapters on top of them, for the comparison."""
 
+import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM
 
 from distill.config import ComparedModelConfig
@@ -92,6 +94,13 @@ def with_adapter(model: Any, adapter: str, base: str) -> Any:
             "  Only adapters that change weights can be compared, such as LoRA."
         )
     return adapted.get_base_model()
+
+
+def free_memory() -> None:
+    """Give back the memory of models that nothing refers to any more."""
+    gc.collect()  # models hold reference cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager
