@@ -154,9 +154,11 @@ class _Clock:
 def _measure(model: ComparedModelConfig, dtype: str, device: str, settings: CostConfig) -> Cost:
     import torch
     from transformers import GenerationConfig
+    from transformers.utils.logging import disable_progress_bar
 
     from distill.evaluate.local_models import load
 
+    disable_progress_bar()
     before = _resident_bytes()
     loaded = load(model, dtype, device)
     config = loaded.config.get_text_config()
