@@ -4,6 +4,8 @@ All but transformers is lm-eval's own: its model classes `vllm` and `local-compl
 """
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from distill.evaluate.failures import first_line
 from distill.evaluate.local_models import WRAPPER_ARGS, load, opening, pretrained_options
 from distill.evaluate.quiet import quiet
 from distill.fingerprint import of_file, of_settings, of_weights
+from distill.teacher.vllm_engine import ENVIRONMENT, SHUTDOWN_SECONDS
 
 _SHARED_ARGS = frozenset({"revision", "trust_remote_code"})
 """Arguments that the tokenizer's `from_pretrained` takes as the model's does."""
@@ -92,6 +95,13 @@ def open_model(
             "tokenizer with one."
         )
     return opened
+
+
+def close_model(model: TemplateLM) -> None:
+    """End the processes of an engine, which would keep its GPUs; other models need nothing."""
+    engine = getattr(getattr(model, "model", None), "llm_engine", None)
+    if engine is not None:
+        engine.engine_core.shutdown(SHUTDOWN_SECONDS)
 
 
 def _identify_base(model: ComparedModelConfig) -> dict[str, object]:
@@ -170,8 +180,10 @@ def _open_transformers(
 
 
 def _open_engine(model: ComparedModelConfig, config: EvaluationConfig, seed: int) -> TemplateLM:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     with opening(model), quiet():
-        engine: TemplateLM = get_model("vllm")(
+        engine: Any = get_model("vllm")(
             pretrained=model.path,
             tokenizer=model.tokenizer,
             lora_local_path=model.adapter,
@@ -182,7 +194,15 @@ def _open_engine(model: ComparedModelConfig, config: EvaluationConfig, seed: int
             seed=seed,
             **model.args,
         )
-    return engine
+    if hasattr(engine, "model"):  # several engines (data_parallel_size) are elsewhere
+        engine.model.generate = _without_bar(engine.model.generate)
+    opened: TemplateLM = engine
+    return opened
+
+
+def _without_bar(generate: Callable[..., Any]) -> Callable[..., Any]:
+    # vLLM divides by the time of its bar, which stands still while bars are silenced.
+    return lambda *args, **options: generate(*args, **{**options, "use_tqdm": False})
 
 
 def _open_server(model: ComparedModelConfig, config: EvaluationConfig, seed: int) -> TemplateLM:

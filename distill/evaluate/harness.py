@@ -37,7 +37,7 @@ from transformers import set_seed
 
 from distill.config import ComparedModelConfig, EvaluationConfig
 from distill.errors import EvalError
-from distill.evaluate.backends import identify, open_model
+from distill.evaluate.backends import close_model, identify, open_model
 from distill.evaluate.failures import TASK_ERRORS, first_line
 from distill.evaluate.local_models import free_memory
 from distill.evaluate.quiet import quiet
@@ -98,23 +98,26 @@ def run_tasks(
     if opened:
         on_progress(f"{model_name}: loading {model.path}")
         loaded = open_model(model, config, device, seed)
-        for number, (task, built) in enumerate(opened.items(), start=1):
-            on_progress(f"{model_name}: {task.name} ({number} of {len(opened)})")
-            start = time.perf_counter()
-            try:
-                scores = _score(loaded, built, task, config, seed)
-            except TASK_ERRORS as error:
-                on_progress(f"{model_name}: {task.name} failed: {first_line(error)}")
-                failures[task] = error
-                continue
-            seconds = time.perf_counter() - start
-            write_json_atomically(
-                files[task],
-                scores
-                | {"model": model_name, "task": task.name, "requested": task.requested}
-                | {"identity": identities[task], "seconds": round(seconds, 3)},
-            )
-            on_progress(f"{model_name}: {task.name} {summary(scores)}, {seconds:.0f} s")
+        try:
+            for number, (task, built) in enumerate(opened.items(), start=1):
+                on_progress(f"{model_name}: {task.name} ({number} of {len(opened)})")
+                start = time.perf_counter()
+                try:
+                    scores = _score(loaded, built, task, config, seed)
+                except TASK_ERRORS as error:
+                    on_progress(f"{model_name}: {task.name} failed: {first_line(error)}")
+                    failures[task] = error
+                    continue
+                seconds = time.perf_counter() - start
+                write_json_atomically(
+                    files[task],
+                    scores
+                    | {"model": model_name, "task": task.name, "requested": task.requested}
+                    | {"identity": identities[task], "seconds": round(seconds, 3)},
+                )
+                on_progress(f"{model_name}: {task.name} {summary(scores)}, {seconds:.0f} s")
+        finally:
+            close_model(loaded)
         del loaded
         free_memory()
     if failures:
