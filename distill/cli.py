@@ -112,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _run(config: "ExperimentConfig", options: argparse.Namespace) -> None:
     from distill.licences import require_licence
 
-    if config.evaluation.tasks:
+    if config.evaluation.requested:
         from distill.evaluate.tasks import check_tasks
 
         check_tasks(config.evaluation)  # a misspelt task must not cost a training first

@@ -4,6 +4,7 @@ import math
 import random
 from dataclasses import replace
 
+from distill.evaluate.measured import Estimate
 from distill.evaluate.page_model import (
     PageAnswer,
     PageComparison,
@@ -15,7 +16,7 @@ from distill.evaluate.page_model import (
     PageRow,
     PageTask,
 )
-from distill.evaluate.results import Estimate, Role
+from distill.evaluate.results import Role
 
 BASELINE = "initial"
 EVIL = "<script>alert(1)</script>"

@@ -200,6 +200,7 @@ def test_items_are_those_that_only_one_model_solves(visit: Visit) -> None:
         for one in make_page().comparisons
         if (one.model, one.task) == ("student-threshold-40", "gsm8k")
     )
+    assert source.gained is not None
     assert page.locator("#count-a").inner_text() == f"({source.gained})"
     assert page.locator("#count-b").inner_text() == f"({source.lost})"
     assert page.locator("#item-list details").count() == min(20, source.gained)

@@ -76,6 +76,8 @@ def write_tasks(folder: Path) -> None:
     """Write tasks that work, tasks that fail, a group and a tag, with their data."""
     choice, text = folder / "choice.jsonl", folder / "text.jsonl"
     choice.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    few = folder / "few.jsonl"
+    few.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS[:3]))
     documents = [{"text": sentence(number, 25)} for number in range(5)]
     text.write_text("".join(json.dumps(document) + "\n" for document in documents))
     rolling = {
@@ -86,10 +88,27 @@ def write_tasks(folder: Path) -> None:
         "metric_list": [{"metric": name} for name in ("word_perplexity", "bits_per_byte")],
         "num_fewshot": 0,
     }
+    generate = {
+        "output_type": "generate_until",
+        "doc_to_choice": None,
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": ["z"], "max_gen_toks": 8, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    # As Winogrande: the choice stands in the context, and what follows it is scored.
+    in_context = {
+        "doc_to_text": "answer",
+        "doc_to_choice": "{{[question ~ ' one', question ~ ' two', question ~ ' three']}}",
+        "doc_to_target": "ends here",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
     yamls = {
         "tiny_choice": task_yaml("tiny_choice", choice, tag="tiny_tag"),
         "tiny_rolling": task_yaml("tiny_rolling", text, **rolling),
         "tiny_other": task_yaml("tiny_other", choice, doc_to_text="{{question}}", tag="tiny_tag"),
+        "tiny_few": task_yaml("tiny_few", few),
+        "tiny_generate": task_yaml("tiny_generate", choice, **generate),
+        "tiny_winograd": task_yaml("tiny_winograd", choice, **in_context),
         # 1 // 0 at the second document: fails while it is scored, not when it is opened
         "bad_document": task_yaml("bad_document", choice, doc_to_text="{{1 // (answer - 1)}}"),
         "no_data": task_yaml("no_data", folder / "absent.jsonl"),
@@ -100,6 +119,23 @@ def write_tasks(folder: Path) -> None:
                 {"task": "tiny_choice", "doc_to_text": "Q: {{question}}"},
                 {"group": "inner", "task": ["tiny_other"], "description": "Choose.\n"},
             ],
+        },
+        "tiny_by_size": {
+            "group": "tiny_by_size",
+            "task": ["tiny_few", "tiny_other"],
+            "aggregate_metric_list": [
+                {"metric": metric, "aggregation": "mean", "weight_by_size": True}
+                for metric in ("acc", "acc_norm")
+            ],
+        },
+        "tiny_by_task": {
+            "group": "tiny_by_task",
+            "task": ["tiny_few", "tiny_other"],
+            "aggregate_metric_list": {
+                "metric": "acc_norm",
+                "aggregation": "mean",
+                "weight_by_size": False,
+            },
         },
         "bad_group": {"group": "bad_group", "task": [{"description": "no name"}]},
         "empty_group": {"group": "empty_group", "task": []},

@@ -15,6 +15,7 @@ from distill.config.capture import (
     TopKConfig,
 )
 from distill.config.card import CardConfig
+from distill.config.evaluation import ComparedModelConfig, CostConfig
 from distill.config.experiment import EvaluationConfig, ExperimentConfig
 from distill.config.load import load, parse, to_tree
 from distill.config.student import LoraConfig, TrainConfig
@@ -35,6 +36,8 @@ __all__ = [
     "CacheConfig",
     "CaptureConfig",
     "CardConfig",
+    "ComparedModelConfig",
+    "CostConfig",
     "DataConfig",
     "EvaluationConfig",
     "ExperimentConfig",

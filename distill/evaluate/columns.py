@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from distill.evaluate import mixed, render
+from distill.evaluate.measured import Estimate, Fidelity, MeasuredCost
 from distill.evaluate.paired import Comparison
 from distill.evaluate.render import Column
-from distill.evaluate.results import Estimate, Fidelity, ModelResult
+from distill.evaluate.results import ModelResult
 
 _NOT_PERCENT = ("bleu", "chrf", "likelihood")
 """Metrics of which more is better, but which are no share of 1."""
@@ -22,6 +23,13 @@ _HELD_OUT = (
     ("top-1\nagreement\n(%)", lambda fidelity: fidelity.agreement, render.percent, True),
 )
 """Title, value, form, and whether higher is better."""
+
+_AGAINST_TEACHER: tuple[tuple[str, Callable[[MeasuredCost], float]], ...] = (
+    ("prefill\nspeed", lambda cost: cost.prefill_tokens_per_second),
+    ("decode\nspeed", lambda cost: cost.decode_tokens_per_second),
+    ("peak\nmemory", lambda cost: cost.peak_bytes),
+)
+"""Title and value of what is shown as a multiple of the teacher's."""
 
 
 def columns(
@@ -43,6 +51,7 @@ def columns(
         Column(title="role", cells=tuple(model.role for model in models), is_text=True),
         Column(title="parameters", cells=tuple(render.count(m.num_parameters) for m in models)),
     ]
+    made += _cost_columns(models)
     if any(model.fidelity for model in models):
         for title, read, show, higher_is_better in _HELD_OUT:
             scores = [read(model.fidelity) if model.fidelity else None for model in models]
@@ -85,6 +94,7 @@ def notes(models: Sequence[ModelResult]) -> list[str]:
         "Bold: the best student of a column, before or after training.",
         "Standard errors (±) are those of single models, not of differences between models.",
     ]
+    lines += sorted({_cost_note(model.cost) for model in models if model.cost})
     if any(model.gap_recovered is not None for model in models):
         lines.append(
             "Gap recovered: the share of the held-out cross-entropy between initial student (0) "
@@ -101,6 +111,39 @@ def task_names(models: Sequence[ModelResult]) -> list[str]:
 def is_share(metric: str, higher_is_better: bool | None) -> bool:
     """Whether a metric of a task is a share of 1, to be shown in percent."""
     return higher_is_better is True and not metric.startswith(_NOT_PERCENT)
+
+
+def _cost_columns(models: Sequence[ModelResult]) -> list[Column]:
+    if not any(model.cost for model in models):
+        return []
+    teachers = [model.cost for model in models if model.role == "teacher" and model.cost]
+
+    def against_teacher(model: ModelResult, read: Callable[[MeasuredCost], float]) -> str:
+        cost = model.cost
+        like = [c for c in teachers if cost and c.settings == cost.settings]
+        return render.ratio(read(cost), read(like[0])) if cost and like else render.MISSING
+
+    weights = (
+        render.gigabytes(model.cost.weight_bytes) if model.cost else render.MISSING
+        for model in models
+    )
+    return [
+        Column(title="weights\n(GB)", cells=tuple(weights)),
+        *(
+            Column(title=title, cells=tuple(against_teacher(model, read) for model in models))
+            for title, read in _AGAINST_TEACHER
+        ),
+    ]
+
+
+def _cost_note(cost: MeasuredCost) -> str:
+    made, machine = cost.settings["settings"], cost.settings["machine"]
+    return (
+        "Speed and peak memory are relative to the teacher's on the same machine "
+        f"({cost.settings['device']}, {machine['processor']}, {cost.settings['dtype']}), with "
+        f"transformers: {made['prompt_tokens']:,} prompt tokens, {made['new_tokens']:,} new ones, "
+        f"batches of {made['batch_size']}, median of {made['rounds']} rounds."
+    )
 
 
 def _task_column(

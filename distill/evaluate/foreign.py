@@ -18,8 +18,9 @@ from typing import Any
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from distill.errors import EvalError
+from distill.evaluate.measured import Estimate
 from distill.evaluate.record import main_metric, metrics_of
-from distill.evaluate.results import Estimate, ModelResult, TaskScores
+from distill.evaluate.results import ModelResult, TaskScores
 
 _PATTERN = "results_*.json"
 

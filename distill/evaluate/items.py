@@ -164,7 +164,8 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     try:
         if path.suffix == ".jsonl":
             lines = path.read_text(encoding="utf-8").split("\n")  # no U+2028: texts hold it
-            return samples_of(_as_in_memory(json.loads(line)) for line in lines if line)
+            found = (_as_in_memory(json.loads(line)) for line in lines if line)
+            return samples_of(found, lambda _: {})
         samples: list[dict[str, Any]] = json.loads(path.read_text()).get("samples", [])
         if all(sample.keys() >= {"doc_id", "doc_hash", "metrics"} for sample in samples):
             return samples

@@ -201,6 +201,7 @@ def _merge(found: Sequence[ModelResult]) -> tuple[ModelResult, ...]:
                 name: scores for model in reversed(group) for name, scores in model.tasks.items()
             },
             fidelity=next((model.fidelity for model in group if model.fidelity), None),
+            cost=next((model.cost for model in group if model.cost), None),
             gap_recovered=next(
                 (model.gap_recovered for model in group if model.gap_recovered is not None), None
             ),

@@ -7,7 +7,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from distill.evaluate.results import Estimate, Role
+from distill.evaluate.measured import Estimate
+from distill.evaluate.results import Role
 
 SIGNIFICANT_P = 0.05
 """A difference counts if its p-value, corrected after Holm, is below."""

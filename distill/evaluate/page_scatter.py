@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from distill.evaluate import render
+from distill.evaluate.measured import Estimate
 from distill.evaluate.page_axes import fit, place_labels
 from distill.evaluate.page_drawing import (
     BELOW,
@@ -16,7 +17,6 @@ from distill.evaluate.page_drawing import (
     ticks,
 )
 from distill.evaluate.page_model import PageModel, PageRow, PageTask
-from distill.evaluate.results import Estimate
 
 
 def size_plot(page: PageModel, task: PageTask) -> Drawing | None:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from distill.evaluate.columns import is_share, task_names
+from distill.evaluate.measured import Estimate, Fidelity
 from distill.evaluate.page_model import (
     PageAnswer,
     PageComparison,
@@ -15,7 +16,7 @@ from distill.evaluate.page_model import (
     PageRow,
     PageTask,
 )
-from distill.evaluate.results import Estimate, Fidelity, ModelResult
+from distill.evaluate.results import ModelResult
 
 if TYPE_CHECKING:
     from distill.evaluate.leaderboard import Leaderboard

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from distill.evaluate import render
+from distill.evaluate.measured import Estimate
 from distill.evaluate.page_model import PageComparison, PageCost, PageMetric, PageModel, PageTask
-from distill.evaluate.results import Estimate
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 MINUS = "\N{MINUS SIGN}"

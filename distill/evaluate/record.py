@@ -1,7 +1,7 @@
 """What of lm-eval's results goes into a score file: plain JSON values under plain names."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -33,19 +33,26 @@ def metrics_of(
     return metrics
 
 
-def samples_of(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Collect the metric values of each document, sorted by `doc_id`.
+def samples_of(
+    samples: Iterable[Mapping[str, Any]],
+    texts_of: Callable[[Mapping[str, Any]], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Collect the metric values of each document and its texts, sorted by `doc_id`.
 
     lm-eval lists a document once for each filter; here it has one entry with all metrics.
+
+    Args:
+        samples: What lm-eval has logged of one task.
+        texts_of: Returns what a reader needs of a sample, from `readable`, or nothing.
     """
     documents: dict[int, dict[str, Any]] = {}
     for sample in samples:
-        document = documents.setdefault(
-            sample["doc_id"],
-            {"doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"], "metrics": {}},
-        )
+        doc_id = sample["doc_id"]
+        if doc_id not in documents:
+            known = {"doc_id": doc_id, "doc_hash": sample["doc_hash"], "metrics": {}}
+            documents[doc_id] = known | texts_of(sample)
         for metric in sample["metrics"]:
-            document["metrics"][_name(metric, sample["filter"])] = _plain(sample[metric])
+            documents[doc_id]["metrics"][_name(metric, sample["filter"])] = _plain(sample[metric])
     return [documents[doc_id] for doc_id in sorted(documents)]
 
 

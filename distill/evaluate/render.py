@@ -56,6 +56,16 @@ def nats(value: float | None) -> str:
     return NOT_FINITE if value is None else f"{value:.3f}"
 
 
+def gigabytes(num_bytes: int) -> str:
+    """A size in units of 10^9 bytes, with sensible digits."""
+    return f"{num_bytes / 1e9:.3g}"
+
+
+def ratio(value: float, reference: float) -> str:
+    """A multiple of a reference that is greater than 0: 1.24x."""
+    return f"{value / reference:.2f}x"
+
+
 def percent(share: float | None, stderr: float | None = None) -> str:
     """A share in percent, without the sign; with its standard error if that is known."""
     if share is None:

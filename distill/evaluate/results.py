@@ -4,44 +4,30 @@ RUN/eval/models.json            [{name, role, path, num_parameters}], in display
 RUN/eval/MODEL/TASK.json        scores on a task: see `distill.evaluate.harness`
 RUN/eval/MODEL/fidelity.json    {identity, num_rows, ce_nats, kl_nats, agreement}, the last three
                                 {value, stderr}; a model may lack the file
+RUN/eval/MODEL/cost.json        speed and memory, if measured: see `distill.evaluate.cost`
 """
 
 import json
-import math
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from distill.errors import EvalError
 from distill.evaluate.items import Items, items_of, read_samples
+from distill.evaluate.measured import Estimate, Fidelity, MeasuredCost, without
 
 R = TypeVar("R")
 
 Role = Literal["teacher", "initial", "student", "other"]
 
-Finite = Annotated[
-    float | None,
-    BeforeValidator(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x),
-]
-"""A number, or None in place of NaN and infinity, which JSON does not have."""
-
 _FIDELITY = "fidelity.json"
+_COST = "cost.json"
 
-_NO_SETTINGS = ("model", "weights", "task", "seed", "source", "evaluated_model")
+_NO_SETTINGS = ("model", "weights", "model_settings", "task", "seed", "source", "evaluated_model")
 """Parts of an identity that may differ between models of a column; seeds repeat a run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A measured number; None where it is not finite, or where its error is not known."""
-
-    value: Finite
-    stderr: Finite = None
-    higher_is_better: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +56,7 @@ class TaskScores:
     @property
     def settings(self) -> dict[str, Any]:
         """What must be equal for two models to be compared."""
-        own = _without(self.identity, _NO_SETTINGS)
+        own = without(self.identity, _NO_SETTINGS)
         if self.num_fewshot is not None:
             own["num_fewshot"] = self.num_fewshot
         return {"metric": self.main_metric, **own}
@@ -94,49 +80,6 @@ class TaskScores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reliability:
-    """Rows in ten equally wide bins of confidence; see `distill.evaluate.calibration`."""
-
-    count: tuple[int, ...]
-    confidence: tuple[float | None, ...]
-    accuracy: tuple[float | None, ...]
-    ece: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exact:
-    """Measured over whole distributions; see `distill.evaluate.dense`."""
-
-    kl_nats: Estimate
-    agreement: Estimate
-    acceptance: Estimate
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fidelity:
-    """Closeness of one model to the teacher on held-out blocks; means over rows, in nats."""
-
-    identity: dict[str, Any]
-    num_rows: int
-    ce_nats: Estimate
-    kl_nats: Estimate
-    agreement: Estimate
-    num_documents: int | None = None
-    bits_per_byte: Estimate | None = None
-    acceptance: tuple[Estimate, Estimate] | None = None
-    """Between the two, as far as a cache tells; see `exact`."""
-    reliability: Reliability | None = None
-    teacher_reliability: Reliability | None = None
-    exact: Exact | None = None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What must be equal for two models to be compared."""
-        own = _without(self.identity, ("model", "weights", "versions"))
-        return {"num_rows": self.num_rows, **own}
-
-
-@dataclass(frozen=True, kw_only=True)
 class ModelResult:
     """All that a run knows of one model."""
 
@@ -147,6 +90,7 @@ class ModelResult:
     tasks: dict[str, TaskScores]
     fidelity: Fidelity | None
     gap_recovered: float | None = None
+    cost: MeasuredCost | None = None
 
     def samples(self, task: str) -> list[dict[str, Any]]:
         """Read the documents of a task as stored: `{doc_id, doc_hash, metrics, ...}`.
@@ -172,6 +116,8 @@ class ModelResult:
         identities = {task: scores.identity for task, scores in self.tasks.items()}
         if self.fidelity is not None:
             identities["fidelity"] = self.fidelity.identity
+        if self.cost is not None:
+            identities["cost"] = self.cost.identity
         known = {
             name: identity.get("weights") or identity.get("model")
             for name, identity in identities.items()
@@ -258,8 +204,8 @@ def _refuse_mixed_weights(folder: Path, models: list[ModelResult]) -> None:
 
 
 def _read_model(folder: Path, listed: _Listed, run: str) -> ModelResult:
-    fidelity = folder / _FIDELITY
-    tasks = (path for path in sorted(folder.glob("*.json")) if path.name != _FIDELITY)
+    fidelity, cost = folder / _FIDELITY, folder / _COST
+    tasks = (path for path in sorted(folder.glob("*.json")) if path not in (fidelity, cost))
     return ModelResult(
         name=listed.name,
         role=listed.role,
@@ -267,6 +213,7 @@ def _read_model(folder: Path, listed: _Listed, run: str) -> ModelResult:
         num_parameters=listed.num_parameters,
         tasks={path.stem: replace(_read(path, TaskScores), source=path) for path in tasks},
         fidelity=_read(fidelity, Fidelity) if fidelity.is_file() else None,
+        cost=_read(cost, MeasuredCost) if cost.is_file() else None,
     )
 
 
@@ -285,7 +232,3 @@ def _read(path: Path, kind: type[R]) -> R:
         + "\n".join(f"  {problem}" for problem in problems)
         + "\n  Delete it and run distill eval CONFIG again: only missing results are made."
     )
-
-
-def _without(identity: dict[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    return {key: value for key, value in identity.items() if key not in keys}

@@ -9,7 +9,8 @@ from platform import python_version
 from typing import Any
 
 from distill.evaluate.columns import task_names
-from distill.evaluate.results import Estimate, Fidelity, ModelResult
+from distill.evaluate.measured import Estimate, Fidelity
+from distill.evaluate.results import ModelResult
 
 _HELD_OUT = ("ce_nats", "kl_nats", "agreement", "bits_per_byte")
 

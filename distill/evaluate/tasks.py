@@ -36,6 +36,12 @@ class PlannedTask:
     """The name in the configuration: the same, or the group or tag that holds it."""
     definition: str
     """Fingerprint of its YAML, of local data files and of what its group overrides."""
+    num_fewshot: int | None = None
+    """Examples in the prompt; None takes the task's own number."""
+    group: str | None = None
+    """`requested`, where that is a group (and no tag)."""
+    averaged: tuple[tuple[str, bool], ...] = ()
+    """Metrics that the group averages over its tasks, each with whether it weights by size."""
 
 
 def task_manager(include_path: str | None) -> TaskManager:
@@ -61,22 +67,29 @@ def check_tasks(config: EvaluationConfig) -> tuple[PlannedTask, ...]:
     """Resolve every task that `config` names, before anything costly is started.
 
     Returns:
-        The tasks in the order of the configuration, groups and tags expanded.
+        The tasks in the order of the configuration, presets, groups and tags expanded.
 
     Raises:
         EvalError: `include_path` or a name does not exist (with the nearest ones), a group is
             empty, or a task is named twice.
     """
-    if not config.tasks:
+    if not config.requested:
         return ()
     manager = task_manager(config.include_path)
-    _refuse_unknown(config, manager.all_tasks)
+    names = [name for name, _ in config.requested]
+    _refuse_unknown(names, config.include_path, manager.all_tasks)
     planned = [
-        PlannedTask(name=name, requested=requested, definition=_fingerprint(definition))
-        for requested in config.tasks
+        PlannedTask(
+            name=name,
+            requested=requested,
+            definition=_fingerprint(definition),
+            num_fewshot=num_fewshot,
+            **_group_of(manager.task_index[requested]),
+        )
+        for requested, num_fewshot in config.requested
         for name, definition in _expand(requested, manager.task_index, {})
     ]
-    _refuse_empty_or_repeated(config.tasks, planned)
+    _refuse_empty_or_repeated(names, planned)
     return tuple(planned)
 
 
@@ -91,22 +104,22 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(nearest)}?)" if nearest else ""
 
 
-def _refuse_unknown(config: EvaluationConfig, known: list[str]) -> None:
-    unknown = [name for name in config.tasks if name not in known]
+def _refuse_unknown(names: list[str], include_path: str | None, known: list[str]) -> None:
+    unknown = [name for name in names if name not in known]
     if not unknown:
         return
-    where = f"below {config.include_path}" if config.include_path else "among lm-eval's stock tasks"
-    option = f" --include_path {config.include_path}" if config.include_path else ""
+    where = f"below {include_path}" if include_path else "among lm-eval's stock tasks"
+    option = f" --include_path {include_path}" if include_path else ""
     lines = "\n".join(f"  {name}{_did_you_mean(name, known)}" for name in unknown)
     raise EvalError(
-        f"evaluation.tasks: {len(unknown)} of {len(config.tasks)} names do not exist {where} "
+        f"evaluation.tasks: {len(unknown)} of {len(names)} names do not exist {where} "
         f"({len(known):,} names there):\n{lines}\n"
         f"  List all: lm-eval ls tasks{option}\n"
         "  A YAML file that cannot be read is missing from that list."
     )
 
 
-def _refuse_empty_or_repeated(requested: tuple[str, ...], planned: list[PlannedTask]) -> None:
+def _refuse_empty_or_repeated(requested: list[str], planned: list[PlannedTask]) -> None:
     filled = {task.requested for task in planned}
     problems = [f"  {name}: a group without tasks" for name in requested if name not in filled]
     first: dict[str, PlannedTask] = {}
@@ -121,6 +134,15 @@ def _refuse_empty_or_repeated(requested: tuple[str, ...], planned: list[PlannedT
             + "\n".join(problems)
             + "\n  Take the entries out that are not needed."
         )
+
+
+def _group_of(entry: Any) -> dict[str, Any]:
+    if entry.kind.name != "GROUP":
+        return {}
+    listed = entry.cfg.get("aggregate_metric_list") or ()
+    metrics = [listed] if isinstance(listed, Mapping) else listed
+    averaged = tuple((item["metric"], item.get("weight_by_size", True)) for item in metrics)
+    return {"group": entry.name, "averaged": averaged}
 
 
 def _expand(
