@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-vllm check format demo demo-assets clean
+.PHONY: help install test test-page test-vllm check format demo demo-assets clean
 
 # The first of these that runs and is new enough; choose another with: make PYTHON=/path/to/python
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -27,6 +27,12 @@ install: $(INSTALLED) ## Create .venv and install the project with its tools.
 
 test: $(INSTALLED) ## Run the tests on the CPU, without a network.
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --durations 5
+
+test-page: $(INSTALLED) ## Test the leaderboard's page in Chromium; as root on Debian it is installed if it is missing.
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+		|| echo "==> Chromium is missing and cannot be installed here: its tests will say that they are skipped"
+	$(OFFLINE) $(BIN)/python -m pytest tests/test_page_browser.py -rs
 
 test-vllm: $(VLLM_INSTALLED) demo-assets ## Test the vLLM teacher in .venv-vllm, with the demo's model on the CPU.
 	$(OFFLINE) $(VLLM_BIN)/python -m pytest tests/vllm --durations 5

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from distill.config import CacheConfig as CacheConfig
     from distill.config import CaptureConfig as CaptureConfig
     from distill.config import CardConfig as CardConfig
+    from distill.config import ComparedModelConfig as ComparedModelConfig
+    from distill.config import CostConfig as CostConfig
     from distill.config import DataConfig as DataConfig
     from distill.config import EvaluationConfig as EvaluationConfig
     from distill.config import ExperimentConfig as ExperimentConfig
+    from distill.config import LoraConfig as LoraConfig
     from distill.config import PretrainedStudentConfig as PretrainedStudentConfig
     from distill.config import PrunedStudentConfig as PrunedStudentConfig
     from distill.config import ResidentTeacherConfig as ResidentTeacherConfig
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     from distill.errors import TrainingError as TrainingError
     from distill.errors import WorkerError as WorkerError
     from distill.evaluate.compare import evaluate as evaluate
+    from distill.evaluate.dense import measure_exactly as measure_exactly
     from distill.evaluate.fidelity import measure as measure
     from distill.head import DistillationHead as DistillationHead
     from distill.head import HeadTargets as HeadTargets
@@ -64,7 +68,9 @@ _HOMES = {
     "CaptureConfig": "distill.config",
     "CardConfig": "distill.config",
     "CheckpointError": "distill.errors",
+    "ComparedModelConfig": "distill.config",
     "ConfigError": "distill.errors",
+    "CostConfig": "distill.config",
     "DataConfig": "distill.config",
     "DistillError": "distill.errors",
     "DistillationHead": "distill.head",
@@ -74,6 +80,7 @@ _HOMES = {
     "ExperimentConfig": "distill.config",
     "HeadTargets": "distill.head",
     "JoinedCache": "distill.cache.joined",
+    "LoraConfig": "distill.config",
     "LossWeights": "distill.losses",
     "MismatchError": "distill.errors",
     "PretrainedStudentConfig": "distill.config",
@@ -97,6 +104,7 @@ _HOMES = {
     "evaluate": "distill.evaluate.compare",
     "load_config": "distill.config",
     "measure": "distill.evaluate.fidelity",
+    "measure_exactly": "distill.evaluate.dense",
     "open_cache": "distill.cache.reader",
     "open_joined": "distill.cache.joined",
     "train": "distill.train",

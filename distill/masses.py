@@ -5,6 +5,7 @@ M draws, K largest.
 """
 
 import math
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,25 @@ class Masses:
         self.sums_RG[rows_N, blocks_N] = self.inside_RGJ[rows_N, blocks_N].sum(-1)
 
 
+class _Scratch(threading.local):
+    """Memory of a CPU's thread that is used again: fresh pages cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Return float32 [rows, columns] with anything in it, good until the name is taken anew."""
+        if device.type != "cpu":  # these allocators keep what they have
+            return torch.empty(rows, columns, device=device)
+        if name not in self._held or self._held[name].numel() < rows * columns:
+            with torch.inference_mode(False):  # else it could not be written to outside of it
+                self._held[name] = torch.empty(rows * columns)
+        return self._held[name][: rows * columns].view(rows, columns)
+
+
+_SCRATCH = _Scratch()
+
+
 def rows_at_once(logits_RV: Tensor, num_entries: int) -> int:
     """All rows on a GPU; as many as have `num_entries` logits on a CPU."""
     if logits_RV.device.type == "cpu":
@@ -51,17 +71,17 @@ def rows_at_once(logits_RV: Tensor, num_entries: int) -> int:
 
 
 def make_masses(logits_RV: Tensor, temperature: float) -> Masses:
-    """Softmax, sums and maxima of blocks, and entropies."""
+    """Softmax, sums and maxima of blocks, and entropies; good until the thread's next call."""
     num_rows, vocab_size = logits_RV.shape
     num_blocks = math.ceil(vocab_size / BLOCK)
     at_once = rows_at_once(logits_RV, _CACHED_ENTRIES)
-    mass_RV = logits_RV.new_empty((num_rows, num_blocks * BLOCK), dtype=torch.float32)
+    mass_RV = _SCRATCH.take("masses", num_rows, num_blocks * BLOCK, logits_RV.device)
     inside_RGJ = mass_RV.view(num_rows, num_blocks, BLOCK)
     sums_RG, largest_RG = (mass_RV.new_empty(num_rows, num_blocks) for _ in range(2))
     entropy_R = mass_RV.new_empty(num_rows)
     for first in range(0, num_rows, at_once):
         rows = slice(first, first + at_once)
-        scores_RV = torch.empty_like(mass_RV[rows])
+        scores_RV = _SCRATCH.take("scores", len(mass_RV[rows]), mass_RV.shape[1], mass_RV.device)
         scores_RV[:, :vocab_size] = logits_RV[rows]
         scores_RV[:, vocab_size:] = _NEVER
         if temperature != 1:

@@ -25,8 +25,9 @@ def main() -> None:
     """Copy leaderboard, results, metrics and the summary of the cache."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     config = load(ROOT / CONFIG)
-    for name in ("leaderboard.md", "results.json", "metrics.jsonl"):
+    for name in ("leaderboard.md", "leaderboard.csv", "results.json", "metrics.jsonl"):
         write_text_atomically(KEPT / name, (ROOT / config.run_folder / name).read_text())
+    (KEPT / "loss.png").write_bytes((ROOT / config.run_folder / "loss.png").read_bytes())
     summary = summarise(open_cache(config.cache_folder("train")))
     write_text_atomically(KEPT / "inspect.txt", describe(summary) + "\n")
     write_json_atomically(KEPT / "inspect.json", summary)

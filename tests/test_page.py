@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distill.evaluate import render
-from distill.evaluate.leaderboard import compare
+from distill.evaluate.leaderboard import all_notes, compare
 from distill.evaluate.page import render_page
 from distill.evaluate.page_model import PageAnswer, PageModel, PageRow
 from distill.evaluate.page_source import page_of
@@ -209,7 +209,7 @@ def test_a_page_of_one_model_without_scores_is_a_page() -> None:
 
 def test_the_page_of_a_leaderboard_has_its_numbers(tmp_path: Path) -> None:
     board = compare([make_run(tmp_path / "demo")])
-    page = page_of(board, ["a note"], {"python": "3.11", "datasets": None})
+    page = page_of(board, all_notes(board), {"python": "3.11", "datasets": None})
     assert page.versions == (("python", "3.11"),)
     dom = parse(render_page(page))
     assert rows(dom)["student"] == [

@@ -48,6 +48,10 @@ class EvaluationConfig:
     """With the chat template: each example as turns of its own, not all in one."""
     models: dict[str, ComparedModel] = Field(default_factory=dict)
     """Further models to compare: name -> folder or hub id, or how to open it."""
+    exact: bool = False
+    """Open the teacher too, and measure KL and acceptance over whole distributions."""
+    held_out: dict[str, str] = Field(default_factory=dict)
+    """Further held-out caches, such as one a language or a source: name -> folder or URL."""
     cost: CostConfig | None = None
     """Speed and memory of every model; null does not measure them."""
 

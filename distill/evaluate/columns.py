@@ -2,14 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from distill.evaluate import mixed, render
+from distill.evaluate import grouped, mixed, render
 from distill.evaluate.measured import Estimate, Fidelity, MeasuredCost
 from distill.evaluate.paired import Comparison
 from distill.evaluate.render import Column
 from distill.evaluate.results import ModelResult
-
-_NOT_PERCENT = ("bleu", "chrf", "likelihood")
-"""Metrics of which more is better, but which are no share of 1."""
 
 BETTER, WORSE = "▲", "▼"
 """Stand at task scores that are significantly better or worse than the baseline's."""
@@ -38,6 +35,8 @@ def columns(
     comparisons: Sequence[Comparison] = (),
 ) -> list[Column]:
     """Make the columns of the table; what no model has gets none.
+
+    Of a group of tasks that lm-eval averages, the mean stands for all; csv and page have each.
 
     Scores of tasks carry the marks of `comparisons`, and one where settings were different.
     Bold is the best of the students, trained or not: bold must not suggest a gain where training
@@ -70,8 +69,15 @@ def columns(
                 best=render.best_rows(gaps, rivals, True),
             )
         )
+    made += grouped.held_out_columns(models)
     marks = _marks(models, comparisons)
-    return made + [_task_column(models, task, students, marks) for task in task_names(models)]
+    averaged = {task for tasks in grouped.averaged_groups(models).values() for task in tasks}
+    made += [
+        _task_column(models, task, students, marks)
+        for task in task_names(models)
+        if task not in averaged
+    ]
+    return made + grouped.group_columns(models, students)
 
 
 def notes(models: Sequence[ModelResult]) -> list[str]:
@@ -106,11 +112,6 @@ def notes(models: Sequence[ModelResult]) -> list[str]:
 def task_names(models: Sequence[ModelResult]) -> list[str]:
     """Names of all tasks that some model was scored on, sorted."""
     return sorted({name for model in models for name in model.tasks})
-
-
-def is_share(metric: str, higher_is_better: bool | None) -> bool:
-    """Whether a metric of a task is a share of 1, to be shown in percent."""
-    return higher_is_better is True and not metric.startswith(_NOT_PERCENT)
 
 
 def _cost_columns(models: Sequence[ModelResult]) -> list[Column]:
@@ -158,7 +159,7 @@ def _task_column(
     higher_is_better = one.main.higher_is_better
     # What was asked differently does not compete.
     rivals = [row for row in students if mixed.MARK not in marks.get((models[row].name, task), "")]
-    in_percent = is_share(one.main_metric, higher_is_better)
+    in_percent = render.is_share(one.main_metric, higher_is_better)
     show = render.percent if in_percent else render.number
     return Column(
         title="\n".join([task, one.main_metric, *(["(%)"] if in_percent else [])]),

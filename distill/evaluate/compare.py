@@ -3,33 +3,26 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distill.cache.reader import Cache, open_cache
+from distill.cache.reader import open_cache
 from distill.config import ComparedModelConfig, ExperimentConfig
-from distill.distillation_model import DistillationModel
 from distill.errors import (
     CacheError,
     ConfigError,
     DistillError,
     EvalError,
-    MismatchError,
     StorageError,
 )
-from distill.evaluate.backends import identify
 from distill.evaluate.cost import keep_cost
 from distill.evaluate.failures import MODEL_ERRORS, first_line
-from distill.evaluate.fidelity import measure
 from distill.evaluate.harness import check_tasks, run_tasks
-from distill.evaluate.local_models import free_memory, pretrained_options, with_adapter
+from distill.evaluate.kept_fidelity import keep_fidelity, weights_identity
 from distill.files import write_json_atomically
-from distill.fingerprint import of_tokenizer, of_weights
-from distill.models import load_causal_lm, load_tokenizer, out_of_memory_as, pick_device
-from distill.progress import ProgressBar
+from distill.models import pick_device
 
 INITIAL = "initial"
 """Name of the untrained student, and of its folder below RUN_FOLDER/student."""
@@ -72,11 +65,12 @@ def evaluate(config: ExperimentConfig, *, on_progress: Callable[[str], None] = p
         EvalError: a task does not exist (before any model is loaded); or some models could not be
             opened or scored, after all others were: it lists them all.
         ConfigError: two models have one name.
-        CacheError: the held-out cache is missing or damaged.
+        CacheError: a held-out cache is missing or damaged.
         StorageError: the disk is full.
     """
     check_tasks(config.evaluation)
-    cache = open_cache(config.cache_folder("held_out"))
+    for folder in (config.cache_folder("held_out"), *config.evaluation.held_out.values()):
+        open_cache(folder)
     models = compared_models(config)
     out = config.run_folder / "eval"
     write_json_atomically(out / "models.json", [model.as_dict() for model in models])
@@ -84,7 +78,7 @@ def evaluate(config: ExperimentConfig, *, on_progress: Callable[[str], None] = p
     for stage in (_measure_fidelity, _run_tasks, _measure_cost):
         for model in models:
             try:
-                stage(model, cache, config, out, on_progress)
+                stage(model, config, out, on_progress)
             except (CacheError, StorageError):  # would meet every model
                 raise
             except MODEL_ERRORS as error:
@@ -152,61 +146,26 @@ def _count_in(folder: Path) -> int | None:
 
 def _measure_fidelity(
     model: ComparedModel,
-    cache: Cache,
     config: ExperimentConfig,
     out: Path,
     on_progress: Callable[[str], None],
 ) -> None:
-    settings, what = model.settings, f"model {model.name}"
-    if settings.backend != "hf":
-        on_progress(f"{model.name}: opened by {settings.backend}, no fidelity")
-        return
-    target = out / model.name / "fidelity.json"
-    identity = {
-        **_weights(settings),
-        "cache": cache.manifest.checksum,
-        "dtype": config.evaluation.dtype,
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-    }
-    if target.exists() and json.loads(target.read_text())["identity"] == identity:
-        on_progress(f"{model.name}: fidelity is there, skipped")
-        return
-    options = pretrained_options(settings)
-    tokenizer = load_tokenizer(settings.tokenizer or settings.path, what, options.get("revision"))
-    fingerprint = of_tokenizer(tokenizer)
-    if fingerprint != cache.manifest.tokenizer["fingerprint"]:
-        if model.role == "other":
-            on_progress(f"{model.name}: other tokenizer than the cache's, no fidelity")
-            return
-        raise MismatchError(
-            f"the {model.name} has another tokenizer than the held-out cache.\n"
-            f"  cache  {cache.url}  {cache.manifest.tokenizer['fingerprint'][:8]}\n"
-            f"  model  {settings.path}  {fingerprint[:8]}"
-        )
-    device = pick_device(config.device)
-    dtype = getattr(torch, config.evaluation.dtype)
-    with out_of_memory_as(EvalError, "Evaluate on device=cpu, or with evaluation.dtype=bfloat16."):
-        loaded = load_causal_lm(settings.path, what, dtype=dtype, **options)
-        if settings.adapter is not None:
-            loaded = with_adapter(loaded, settings.adapter, settings.path)
-        if "device_map" not in options:
-            loaded.to(device)
-        wrapped = DistillationModel(loaded)
-        with ProgressBar(f"fidelity {model.name}", cache.manifest.num_tokens) as bar:
-            fidelity = measure(wrapped, cache, device=device, on_block=bar.advance)
-    write_json_atomically(target, {"identity": identity, **fidelity.as_dict()})
-    del loaded, wrapped
-    free_memory()
+    keep_fidelity(
+        model.name,
+        model.settings,
+        config,
+        out / model.name / "fidelity.json",
+        is_own=model.role != "other",
+        on_progress=on_progress,
+    )
 
 
 def _run_tasks(
     model: ComparedModel,
-    cache: Cache,
     config: ExperimentConfig,
     out: Path,
     on_progress: Callable[[str], None],
 ) -> None:
-    del cache
     run_tasks(
         model.name,
         model.settings,
@@ -220,12 +179,10 @@ def _run_tasks(
 
 def _measure_cost(
     model: ComparedModel,
-    cache: Cache,
     config: ExperimentConfig,
     out: Path,
     on_progress: Callable[[str], None],
 ) -> None:
-    del cache
     if config.evaluation.cost is None:
         return
     if model.settings.backend != "hf":
@@ -238,19 +195,9 @@ def _measure_cost(
         dtype=config.evaluation.dtype,
         device=str(pick_device(config.device)),
         settings=config.evaluation.cost,
-        weights=_weights(model.settings),
+        weights=weights_identity(model.settings),
         on_progress=on_progress,
     )
-
-
-def _weights(model: ComparedModelConfig) -> dict[str, Any]:
-    """Identity of what is measured: fingerprint of weights or hub id, and settings if there are."""
-    path = Path(model.path)
-    if path.is_file():  # a .gguf, which only fidelity opens
-        return {"weights": of_weights(path)}
-    identity = identify(model)
-    weights = identity.pop("weights") or identity["model"]
-    return {key: value for key, value in identity.items() if key != "model"} | {"weights": weights}
 
 
 def _failed(failures: list[tuple[str, Exception]], num_models: int) -> EvalError:

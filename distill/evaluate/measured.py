@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from distill.evaluate.cost import Cost
@@ -45,10 +45,9 @@ class Exact:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fidelity:
-    """Closeness of one model to the teacher on held-out blocks; means over rows, in nats."""
+class Closeness:
+    """To the teacher, on the blocks of one held-out cache; means over rows."""
 
-    identity: dict[str, Any]
     num_rows: int
     ce_nats: Estimate
     kl_nats: Estimate
@@ -60,6 +59,14 @@ class Fidelity:
     reliability: Reliability | None = None
     teacher_reliability: Reliability | None = None
     exact: Exact | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity(Closeness):
+    """Closeness of one model to the teacher on the run's held-out cache, and on others."""
+
+    identity: dict[str, Any]
+    groups: dict[str, Closeness] = Field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from distill.evaluate.columns import is_share, task_names
+from distill.evaluate.columns import task_names
 from distill.evaluate.measured import Estimate, Fidelity
 from distill.evaluate.page_model import (
     PageAnswer,
@@ -16,6 +16,7 @@ from distill.evaluate.page_model import (
     PageRow,
     PageTask,
 )
+from distill.evaluate.render import is_share
 from distill.evaluate.results import ModelResult
 
 if TYPE_CHECKING:

@@ -15,6 +15,10 @@ NOT_FINITE = "not finite"
 """Stands for what was measured, with an unusable outcome."""
 
 
+_NOT_PERCENT = ("bleu", "chrf", "likelihood")
+"""Metrics of which more is better, but which are no share of 1."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
     """One column of a table; every row has a cell."""
@@ -31,6 +35,11 @@ class Column:
     def width(self) -> int:
         """Characters that the widest line takes."""
         return max(map(len, [*self.title.split("\n"), *self.cells]))
+
+
+def is_share(metric: str, higher_is_better: bool | None) -> bool:
+    """Whether a metric of a task is a share of 1, to be shown in percent."""
+    return higher_is_better is True and not metric.startswith(_NOT_PERCENT)
 
 
 def count(number: int | None) -> str:

@@ -41,6 +41,10 @@ class TaskScores:
     num_documents_total: int
     num_fewshot: int | None = None
     """Examples in the prompt, after lm-eval has applied the task's own rule."""
+    group: str | None = None
+    """The group of tasks that the configuration named, if it did."""
+    weight_by_size: bool | None = None
+    """How lm-eval averages that group: over documents, or over tasks; None: not at all."""
     source: Path | None = None
     """File with the samples."""
 
