@@ -16,8 +16,8 @@ from distill.masses import BLOCK, Masses, ids_at, likeliest, make_masses, rows_a
 from distill.targets import SparseTargets, concatenate
 from distill.uniforms import streams
 
-_HELD_ENTRIES = 1 << 22
-"""Probabilities that a CPU holds for its draws: 16 MB, which its allocator gives out again."""
+_HELD_ENTRIES = 1 << 23
+"""Probabilities that a CPU holds for its draws: 32 MB, used again for the next rows."""
 
 _NOTHING = 2.0**-100
 """A tail of less mass is none: float32 could not carry it through a cache."""

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the result there")
     options = parser.parse_args()
     num_blocks = 8 if options.quick else 64
-    blocks, targets = teacher_targets(num_blocks)
+    blocks, targets = teacher_targets(num_blocks, KINDS)
     torch.set_num_threads(1)
     pa.set_cpu_count(1)
     result: dict[str, Any] = {
@@ -74,14 +74,16 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def teacher_targets(num_blocks: int) -> tuple[list[Block], dict[str, list[SparseTargets]]]:
+def teacher_targets(
+    num_blocks: int, kinds: dict[str, TargetsConfig]
+) -> tuple[list[Block], dict[str, list[SparseTargets]]]:
     """Blocks of the demo's corpus, and their targets of each kind from one forward pass."""
     config = load(ROOT / "configs" / "smollm2-demo.yaml", [f"data.train_blocks={num_blocks}"])
     tokenizer = load_tokenizer(config.teacher.model, "teacher.model")
     model = load_causal_lm(config.teacher.model, "teacher.model", dtype=torch.bfloat16)
     place_V = stretched_ids(len(tokenizer))
     blocks: list[Block] = []
-    targets: dict[str, list[SparseTargets]] = {name: [] for name in KINDS}
+    targets: dict[str, list[SparseTargets]] = {name: [] for name in kinds}
     for split, block in make_blocks(config.data, tokenizer, SEED):
         if split != "train":
             continue
@@ -96,7 +98,7 @@ def teacher_targets(num_blocks: int) -> tuple[list[Block], dict[str, list[Sparse
             .float()
         )
         uniforms_R = row_uniforms(SEED, block.block_id, len(mask))[mask]
-        for name, kind in KINDS.items():
+        for name, kind in kinds.items():
             drawn = draw(logits_TV, uniforms_R, kind).scatter_rows(mask)
             drawn.ids_N.copy_(place_V[drawn.ids_N])
             targets[name].append(drawn)
