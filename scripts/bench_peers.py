@@ -5,7 +5,7 @@
 Rows of SmolLM2 with ids stretched over 128,256 (scripts/bench_cache.py says how). For each layout:
 bytes a row with everything in its files, coding error (KL over k + 1 outcomes from the exact to the
 decoded values, nats a row), and rows written and read a second on one thread; reading ends in
-tensors. `threshold` and `sampled` hold other ids than top-k, so their bytes compare and their coding
+tensors. `threshold` and `sampled` hold other ids than top-k: their bytes compare, their coding
 errors, which are those of their exact part, do not. Needs assets/ (`make demo-assets`).
 
 The last line is one JSON object.

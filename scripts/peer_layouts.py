@@ -113,7 +113,9 @@ def write_polynomial(folder: Path, arrays: Arrays, blocks: list[Block]) -> None:
 def read_polynomial(folder: Path) -> tuple[Tensor, Tensor]:
     """Through Python lists, as its collator does."""
     rows = pq.read_table(folder / "data.parquet").to_pylist()
-    values = torch.cat([torch.tensor(row["compressed_logprobs"], dtype=torch.uint8) for row in rows])
+    values = torch.cat(
+        [torch.tensor(row["compressed_logprobs"], dtype=torch.uint8) for row in rows]
+    )
     packed = torch.cat([torch.tensor(row["bytepacked_indices"], dtype=torch.uint8) for row in rows])
     exact_RK = values[:, : 2 * EXACT].contiguous().view(torch.bfloat16).float()
     terms_RC = values[:, 2 * EXACT :].contiguous().view(torch.float32)

@@ -47,3 +47,30 @@ def test_committed_cuts_support_what_the_document_advises() -> None:
         if title.endswith("activation"):
             assert ce[title] < ce[title.replace("activation", "weight")]
     assert ce["1,024 of 1,536 MLP channels, weight"] > math.log(49_152)
+
+
+def test_teachers_document_shows_the_committed_measurements() -> None:
+    document = (ROOT / "docs" / "teachers.md").read_text()
+    teacher = json.loads((ROOT / "results" / "bench_teacher.json").read_text())
+    for found in teacher["capture_over_forward"].values():
+        assert f"| {found['threshold']:.3f} / {found['top_k_64']:.3f} |" in document
+    streamed = json.loads((ROOT / "results" / "bench_streamed.json").read_text())
+    large = streamed["llama_8b_shape"]
+    assert streamed["targets_are_equal"]
+    for figure in (
+        f"{streamed['streamed_over_resident']:.3f}",
+        f"{large['distill']['peak_bytes'] / 1e9:.2f} GB",
+        f"{100 * large['distill']['share_waiting']:.1f} %",
+        f"{large['speed_over_accelerate']:.3f}",
+        f"{large['speed_over_airllm']:.3f}",
+        f"{large['predicted_over_measured']:.3f}",
+    ):
+        assert f"| {figure} |" in document
+
+
+def test_training_document_shows_the_committed_measurements() -> None:
+    document = (ROOT / "docs" / "training.md").read_text()
+    long = json.loads((ROOT / "results" / "bench_long_block.json").read_text())
+    peaks = {name: f"{size / 1e9:.1f} GB" for name, size in long["peak_bytes"].items()}
+    assert f"peaks at {peaks['recomputed']}\nwith recomputation and at {peaks['kept']}" in document
+    assert f"{long['logits_bytes'] / 1e9:.1f} GB" in document
