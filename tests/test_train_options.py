@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -88,7 +89,14 @@ def test_adapters_resume_to_the_same_bits(tiny_config: ConfigMaker, tmp_path: Pa
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # both inside torch
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize(
-    "setting", ["train.gradient_checkpointing=true", pytest.param("train.compile=true")]
+    "setting",
+    [
+        "train.gradient_checkpointing=true",
+        pytest.param(
+            "train.compile=true",
+            marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++"),
+        ),
+    ],
 )
 def test_recomputing_and_compiling_do_not_change_a_step(
     tiny_config: ConfigMaker, tmp_path: Path, setting: str
