@@ -6,6 +6,7 @@ its users do. Shape suffixes: R rows, K kept ids.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -33,7 +34,10 @@ def write_parquet(folder: Path, arrays: Arrays, blocks: list[Block]) -> None:
     """One Parquet row a block: int32 ids and fp16 log-probabilities, pyarrow's defaults."""
     ids_RK, logprobs_RK = arrays
     rows = len(ids_RK) // len(blocks)
-    columns = {"ids": ids_RK, "logprobs": logprobs_RK.astype(np.float16)}
+    columns: dict[str, NDArray[Any]] = {
+        "ids": ids_RK,
+        "logprobs": logprobs_RK.astype(np.float16),
+    }
     lists = {
         name: pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), rows * values.shape[1])
         for name, values in columns.items()

@@ -128,3 +128,9 @@ def _many_items(number: int, prompt: str) -> tuple[PageItem, ...]:
         for task in tasks
         for doc_id in range(number)
     )
+
+
+def test_a_response_that_is_not_known_is_said_to_be_another() -> None:
+    unknown = sample(0, 0) | {"response": None}
+    (item,) = items_of("task", "acc", {"one": [sample(0, 1)], "two": [unknown]})
+    assert item.answers["two"].response == "(another continuation)"

@@ -61,6 +61,16 @@ def columns(
                     best=render.best_rows(_values(scores), rivals, higher_is_better),
                 )
             )
+    exact = [model.fidelity.exact if model.fidelity else None for model in models]
+    if any(exact):
+        accepted = [found.acceptance if found else None for found in exact]
+        made.append(
+            Column(
+                title="draws\naccepted\n(%)",
+                cells=tuple(render.percent(a.value) if a else render.MISSING for a in accepted),
+                best=render.best_rows(_values(accepted), rivals, True),
+            )
+        )
     if any(gap is not None for gap in gaps):
         made.append(
             Column(
@@ -101,6 +111,11 @@ def notes(models: Sequence[ModelResult]) -> list[str]:
         "Standard errors (±) are those of single models, not of differences between models.",
     ]
     lines += sorted({_cost_note(model.cost) for model in models if model.cost})
+    if any(model.fidelity and model.fidelity.exact for model in models):
+        lines.append(
+            "Draws accepted: the share of a model's draws that the teacher would accept in "
+            "speculative decoding, measured over whole distributions."
+        )
     if any(model.gap_recovered is not None for model in models):
         lines.append(
             "Gap recovered: the share of the held-out cross-entropy between initial student (0) "

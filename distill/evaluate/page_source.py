@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from distill.evaluate.leaderboard import Leaderboard
 
 
+_ANOTHER = "(another continuation)"
+"""Response of a model of which only the likelihood of the target is known."""
+
+
 def page_of(
     board: "Leaderboard", notes: Sequence[str], versions: Mapping[str, str | None]
 ) -> PageModel:
@@ -73,7 +77,8 @@ def items_of(
             seen = first.setdefault(sample["doc_id"], sample) if "prompt" in sample else None
             if seen is not None and seen["doc_hash"] == sample["doc_hash"]:
                 answers.setdefault(sample["doc_id"], {})[model] = PageAnswer(
-                    is_right=value == 1, response=sample["response"]
+                    is_right=value == 1,
+                    response=_ANOTHER if sample["response"] is None else sample["response"],
                 )
     return tuple(
         PageItem(

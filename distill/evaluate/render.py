@@ -130,7 +130,8 @@ def tables(columns: Sequence[Column], width: int) -> Iterator[Table]:
 
 
 def _width(columns: Sequence[Column]) -> int:
-    return sum(column.width + 2 for column in columns)  # one space on either side
+    # One space on either side, and one between columns.
+    return sum(column.width + 2 for column in columns) + len(columns) - 1
 
 
 def _table(columns: Sequence[Column]) -> Table:
