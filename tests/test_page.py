@@ -221,3 +221,26 @@ def test_the_page_of_a_leaderboard_has_its_numbers(tmp_path: Path) -> None:
     assert "hellaswag: 500 of 10,042 documents (limit: 500)" in settings
     assert "max length 2048" in settings
     assert "num fewshot not set" in settings
+
+
+def test_the_page_of_a_leaderboard_has_its_costs(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "demo")
+    for name, weights, speed in (("teacher", "T", 100.0), ("student", "student of demo", 250.0)):
+        cost = {
+            "identity": {"weights": weights, "device": "cpu", "dtype": "bfloat16"}
+            | {"settings": {"prompt_tokens": 8, "new_tokens": 4, "batch_size": 1, "rounds": 3}}
+            | {"machine": {"processor": "P"}},
+            "num_parameters": 1000,
+            "weight_bytes": 2000,
+            "prefill_tokens_per_second": speed,
+            "decode_tokens_per_second": speed / 10,
+            "peak_bytes": 5000,
+        }
+        (run / "eval" / name / "cost.json").write_text(json.dumps(cost))
+    page = page_of(compare([run]), [], {})
+    costs = {row.name: row.cost for row in page.rows}
+    assert costs["initial"] is None
+    assert costs["student"] is not None
+    assert costs["student"].over_teacher["prefill_tokens_per_second"] == 2.5
+    assert costs["student"].over_teacher["peak_bytes"] == 1
+    assert "2.50" in " ".join(rows(parse(render_page(page)))["student"])

@@ -9,6 +9,7 @@ from distill.evaluate.measured import Estimate, Fidelity
 from distill.evaluate.page_model import (
     PageAnswer,
     PageComparison,
+    PageCost,
     PageItem,
     PageMetric,
     PageModel,
@@ -39,7 +40,7 @@ def page_of(
     """
     return PageModel(
         runs=board.runs,
-        rows=tuple(_row(model) for model in board.models),
+        rows=tuple(_row(model, board.models) for model in board.models),
         tasks=tuple(_task(board.models, name) for name in task_names(board.models)),
         held_out_is_comparable=board.held_out_is_comparable,
         baseline=board.baseline,
@@ -94,7 +95,7 @@ def items_of(
     )
 
 
-def _row(model: ModelResult) -> PageRow:
+def _row(model: ModelResult, models: Sequence[ModelResult]) -> PageRow:
     fidelity = model.fidelity
     return PageRow(
         name=model.name,
@@ -107,7 +108,23 @@ def _row(model: ModelResult) -> PageRow:
         agreement=fidelity.agreement if fidelity else None,
         gap_recovered=model.gap_recovered,
         **_calibration(fidelity),
+        cost=_cost(model, models),
     )
+
+
+def _cost(model: ModelResult, models: Sequence[ModelResult]) -> PageCost | None:
+    """Size, speed and memory, and their ratios to a teacher's that was measured alike."""
+    if model.cost is None:
+        return None
+    names = ("weight_bytes", "prefill_tokens_per_second", "decode_tokens_per_second", "peak_bytes")
+    own: dict[str, float] = {name: getattr(model.cost, name) for name in names}
+    goals = [
+        other.cost
+        for other in models
+        if other.role == "teacher" and other.cost and other.cost.settings == model.cost.settings
+    ]
+    ratios = {name: own[name] / getattr(goals[0], name) for name in names} if goals else {}
+    return PageCost(**own, over_teacher=ratios)
 
 
 def _calibration(fidelity: Fidelity | None) -> dict[str, Any]:
