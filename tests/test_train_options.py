@@ -21,6 +21,7 @@ from distill.held_out import HeldOutRecord
 from distill.schedules import learning_rate_schedule
 from students import build_student, save_initial
 from tests.conftest import ConfigMaker
+from tests.processes import start
 from tests.test_train import TINY, _train_until, metrics, run, weights
 
 pytestmark = pytest.mark.usefixtures("cache_copy")
@@ -193,14 +194,16 @@ def test_tensorboard_gets_the_metrics_and_the_settings(tiny_config: ConfigMaker)
 
 
 @pytest.mark.slow
-def test_wandb_gets_the_metrics_offline(
-    tiny_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    config = tiny_config(*TINY, "train.trackers=[wandb]")
-    run(config)
-    logs = list(config.run_folder.glob("wandb/offline-run-*/run-*.wandb"))
+def test_wandb_gets_the_metrics_offline(tiny_yaml: Path, tmp_path: Path) -> None:
+    # In a process of its own, with which the service that wandb starts comes to its end.
+    process = start(
+        ["train", str(tiny_yaml), *TINY, "train.trackers=[wandb]"],
+        tmp_path / "log.txt",
+        environment={"WANDB_MODE": "offline", "WANDB_SILENT": "true"},
+    )
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
+    logs = list((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))
     assert len(logs) == 1
     deadline = time.monotonic() + 60  # its service writes after the run has ended
     while b"train/kl_nats" not in logs[0].read_bytes() and time.monotonic() < deadline:

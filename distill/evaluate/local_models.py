@@ -25,7 +25,7 @@ WRAPPER_ARGS = frozenset(
 
 _INSTALL = {
     "vllm": "pip install -r requirements-vllm.txt (in an environment of its own)",
-    "openai": "pip install 'lm-eval[api]'",
+    "openai": "pip install 'distill-llm[openai]'",
 }
 
 
