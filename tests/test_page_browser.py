@@ -211,6 +211,7 @@ def test_items_are_those_that_only_one_model_solves(visit: Visit) -> None:
     assert page.locator("#item-list details").count() == source.lost
     first = page.locator("#item-list details").first
     first.locator("summary").press("Enter")
+    first.locator(".tag").first.wait_for()  # an item is filled when it opens
     item = next(
         one
         for one in make_page().items
@@ -229,6 +230,7 @@ def test_items_are_those_that_only_one_model_solves(visit: Visit) -> None:
 def test_choices_show_the_target_and_who_chose_what(visit: Visit) -> None:
     first = visit.page.locator("#item-list details").first
     first.locator("summary").click()
+    first.locator(".tag").first.wait_for()  # an item is filled when it opens
     choices = first.locator("ol li")
     assert choices.count() == 4
     assert choices.filter(has=visit.page.get_by_text("target", exact=True)).count() == 1
