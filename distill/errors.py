@@ -98,7 +98,7 @@ def explain_difference(
         left: Name of one side, and its (possibly nested) settings.
         right: The same for the other side.
     """
-    flat_left, flat_right = dict(_flatten(left[1])), dict(_flatten(right[1]))
+    flat_left, flat_right = dict(flatten(left[1])), dict(flatten(right[1]))
     width = max(len(left[0]), len(right[0]))
     lines = [what]
     for key in sorted(flat_left.keys() | flat_right.keys()):
@@ -112,9 +112,11 @@ def explain_difference(
     return "\n".join(lines)
 
 
-def _flatten(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+def flatten(tree: Mapping[str, object], joint: str = ".") -> Iterator[tuple[str, object]]:
+    """Yield the values of nested settings, each with its keys joined; tuples become lists."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            for name, inner in flatten(value, joint):
+                yield f"{key}{joint}{name}", inner
         else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+            yield key, list(value) if isinstance(value, tuple) else value

@@ -2,13 +2,12 @@
 
 import os
 from importlib.util import find_spec
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from distill.config import ExperimentConfig, to_tree
-from distill.errors import ConfigError
+from distill.errors import ConfigError, flatten
 
 
 def launch(config: ExperimentConfig) -> Accelerator:
@@ -72,7 +71,7 @@ def start_trackers(
         return
     accelerator.init_trackers(
         "distill",
-        config=dict(_flat(to_tree(config))),
+        config={name: _plain(value) for name, value in flatten(to_tree(config))},
         init_kwargs={
             "tensorboard": {"purge_step": first_step + 1},
             "wandb": {
@@ -85,13 +84,6 @@ def start_trackers(
     )
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Dotted names and plain values, as trackers take them."""
-    pairs: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            pairs += _flat(value, f"{prefix}{key}.")
-        else:
-            is_plain = isinstance(value, bool | int | float | str)
-            pairs.append((prefix + key, value if is_plain else str(value)))
-    return pairs
+def _plain(value: object) -> object:
+    """A value as trackers take it."""
+    return value if isinstance(value, bool | int | float | str) else str(value)

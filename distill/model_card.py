@@ -11,6 +11,7 @@ import yaml
 from distill import licences
 from distill.cache.manifest import Manifest
 from distill.config import ExperimentConfig, SourceConfig, to_tree
+from distill.errors import flatten
 from distill.files import write_text_atomically
 
 README = "README.md"
@@ -54,7 +55,7 @@ def student_files(
         f"## Teacher\n\n{_items(manifest.teacher)}",
         f"## Data\n\n{_data(config, manifest)}",
         f"## Targets\n\n{_items(manifest.targets | {'seed': manifest.seed})}",
-        f"## How the student was made\n\n{_items(_flat(made))}",
+        f"## How the student was made\n\n{_items(dict(flatten(made, ' ')))}",
     ]
     if is_trained:
         sections.append(f"## Training\n\n{_training(config, manifest)}")
@@ -180,7 +181,7 @@ def _training(config: ExperimentConfig, manifest: Manifest) -> str:
             "steps": f"{num_steps:,}",
             "tokens": f"{num_tokens:,}",
             "seed": config.seed,
-            **_flat(settings),
+            **dict(flatten(settings, " ")),
         }
     )
 
@@ -231,15 +232,6 @@ def _hub_id(model: str) -> str | None:
         return model
     found = licences.front_matter(model, None).get("base_model")
     return found if isinstance(found, str) else None
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{key} ") if isinstance(value, Mapping) else {prefix + key: value}
-        )
-    return flat
 
 
 def _items(facts: Mapping[str, Any]) -> str:

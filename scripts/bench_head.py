@@ -35,6 +35,7 @@ from torch.nn import functional
 
 from distill.config import ThresholdConfig
 from distill.draw import draw
+from distill.evaluate.cost import peak_resident_bytes
 from distill.files import write_json_atomically
 from distill.head import DistillationHead, HeadTargets
 from distill.losses import LossWeights, distillation_loss
@@ -175,8 +176,7 @@ def peak_bytes(name: str, vocab_size: int, hidden_size: int, num_tokens: int) ->
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = psutil.Process().memory_info().rss
     WAYS[name](inputs)
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024 - before
+    peak = peak_resident_bytes() - before
     return peak - inputs[0].weight.nbytes - inputs[0].weight.numel() * 2
 
 

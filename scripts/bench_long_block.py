@@ -21,6 +21,7 @@ import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from distill.cli import main as distill
+from distill.evaluate.cost import peak_resident_bytes
 from distill.files import write_json_atomically
 from scripts.keep_demo_results import ROOT, machine
 
@@ -127,8 +128,7 @@ def run(arguments: list[str]) -> int:
     """Run a verb here; return the peak of resident memory in bytes."""
     if distill(arguments):
         raise SystemExit(f"distill {' '.join(arguments)} failed")
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return peak_resident_bytes()
 
 
 if __name__ == "__main__":

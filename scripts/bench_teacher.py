@@ -29,6 +29,7 @@ from distill.cache.storage import Folder
 from distill.cache.writer import ShardWriter
 from distill.config import ResidentTeacherConfig, TargetsConfig, ThresholdConfig, TopKConfig, load
 from distill.data import Block, make_blocks
+from distill.evaluate.cost import peak_resident_bytes
 from distill.files import write_json_atomically
 from distill.models import load_tokenizer
 from distill.targets import concatenate
@@ -153,8 +154,7 @@ def peak_bytes(work: Callable[[], None]) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = psutil.Process().memory_info().rss
     work()
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 - before
+    return peak_resident_bytes() - before
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from dataclasses import replace
 from distill.evaluate.measured import Estimate
 from distill.evaluate.page_model import (
     PageAnswer,
-    PageComparison,
     PageCost,
     PageItem,
     PageMetric,
@@ -16,6 +15,7 @@ from distill.evaluate.page_model import (
     PageRow,
     PageTask,
 )
+from distill.evaluate.paired import Comparison
 from distill.evaluate.results import Role
 
 BASELINE = "initial"
@@ -189,14 +189,14 @@ def _reliability(kl: float) -> PageReliability:
     )
 
 
-def _comparison(task: str, model: str, items: list[PageItem]) -> PageComparison:
+def _comparison(task: str, model: str, items: list[PageItem]) -> Comparison:
     pairs = [(item.answers[model].is_right, item.answers[BASELINE].is_right) for item in items]
     gained, lost = pairs.count((True, False)), pairs.count((False, True))
     total, number = gained + lost, len(pairs)
     tail = sum(math.comb(total, k) for k in range(max(gained, lost), total + 1)) / 2**total
     difference = (gained - lost) / number
     stderr = math.sqrt((total / number - difference**2) / (number - 1))
-    return PageComparison(
+    return Comparison(
         task=task,
         metric=_task(task).main.name,
         model=model,
@@ -210,11 +210,11 @@ def _comparison(task: str, model: str, items: list[PageItem]) -> PageComparison:
         p_holm=1.0,
         gained=gained,
         lost=lost,
-        test="McNemar, exact",
+        test="mcnemar_exact",
     )
 
 
-def _with_holm(comparisons: list[PageComparison]) -> tuple[PageComparison, ...]:
+def _with_holm(comparisons: list[Comparison]) -> tuple[Comparison, ...]:
     ranked = sorted(comparisons, key=lambda one: one.p_value)
     corrected, last = {}, 0.0
     for rank, one in enumerate(ranked):

@@ -18,11 +18,11 @@ from distill.config import TrainConfig
 from distill.errors import ConfigError
 from distill.export import read_provenance
 from distill.held_out import HeldOutRecord
-from distill.schedules import learning_rate_schedule
 from students import build_student, save_initial
 from tests.conftest import ConfigMaker
 from tests.processes import start
 from tests.test_train import TINY, _train_until, metrics, run, weights
+from tests.test_train_stops import learning_rates
 
 pytestmark = pytest.mark.usefixtures("cache_copy")
 LORA = (*TINY, "train.lora.rank=4", "train.learning_rate=1e-2", "train.save_dtype=float32")
@@ -228,25 +228,15 @@ def test_schedules_end_at_the_least_learning_rate(schedule: str) -> None:
         learning_rate=1.0,
         min_learning_rate=0.25,
     )
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    steps, rates = learning_rate_schedule(config, optimizer, 20), []
-    for _ in range(20):
-        rates.append(steps.get_last_lr()[0])
-        optimizer.step()
-        steps.step()
+    *rates, after = learning_rates(config)
     assert max(rates) == 1
     assert min(rates[2:]) >= 0.25
-    assert steps.get_last_lr()[0] == pytest.approx(0.25)
+    assert after == pytest.approx(0.25)
 
 
 def test_constant_schedule_warms_up() -> None:
     config = TrainConfig(schedule="constant", warmup_fraction=0.1, learning_rate=1.0)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    steps, rates = learning_rate_schedule(config, optimizer, 20), []
-    for _ in range(20):
-        rates.append(steps.get_last_lr()[0])
-        optimizer.step()
-        steps.step()
+    *rates, _ = learning_rates(config)
     assert rates == [0, 0.5, *[1.0] * 18]
 
 

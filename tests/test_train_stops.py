@@ -97,16 +97,22 @@ def test_run_of_another_number_of_processes_is_refused(tiny_config: ConfigMaker)
         run(config, resume=True)
 
 
-def test_wsd_warms_up_stays_and_falls_over_the_last_fifth() -> None:
-    config = TrainConfig(schedule="wsd", warmup_fraction=0.1, learning_rate=1.0)
+def learning_rates(config: TrainConfig) -> list[float]:
+    """Of 20 steps, and what the schedule stands at after them."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule, rates = learning_rate_schedule(config, optimizer, 20), []
     for _ in range(20):
         rates.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
+    return [*rates, schedule.get_last_lr()[0]]
+
+
+def test_wsd_warms_up_stays_and_falls_over_the_last_fifth() -> None:
+    config = TrainConfig(schedule="wsd", warmup_fraction=0.1, learning_rate=1.0)
+    *rates, after = learning_rates(config)
     assert rates[:2] == [0, 0.5]
     assert rates[2:17] == [1.0] * 15
     assert all(before > after for before, after in pairwise(rates[16:]))
     assert 0 < rates[-1] < 0.2
-    assert schedule.get_last_lr()[0] == pytest.approx(0)
+    assert after == pytest.approx(0)

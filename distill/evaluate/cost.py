@@ -193,7 +193,7 @@ def _measure(model: ComparedModelConfig, dtype: str, device: str, settings: Cost
         decode_tokens_per_second=statistics.median(decode[1:]),
         peak_bytes=torch.cuda.max_memory_allocated(device)
         if device.startswith("cuda")
-        else _peak_resident_bytes() - before,
+        else peak_resident_bytes() - before,
     )
 
 
@@ -203,7 +203,8 @@ def _resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _peak_resident_bytes() -> int:
+def peak_resident_bytes() -> int:
+    """Return the most memory that this process has held so far."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage of a child on Linux starts from its parent's peak
         lines = status.read_text().splitlines()

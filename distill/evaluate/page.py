@@ -12,9 +12,10 @@ from markupsafe import Markup
 
 from distill.evaluate.page_charts import forest, gap_bars, reliability
 from distill.evaluate.page_items import Embedded, embed
-from distill.evaluate.page_model import SIGNIFICANT_P, PageModel
+from distill.evaluate.page_model import PageModel
 from distill.evaluate.page_scatter import kl_plot, size_plot
 from distill.evaluate.page_table import differences_of, groups_of, table_of
+from distill.evaluate.paired import SIGNIFICANCE
 
 MAX_BYTES = 2_000_000
 """Of the page; items beyond are left out, and the page says how many."""
@@ -62,7 +63,7 @@ def _values(page: PageModel, title: str) -> dict[str, Any]:
         "columns": columns,
         "groups": groups_of(columns),
         "differences": differences,
-        "significant_p": SIGNIFICANT_P,
+        "significant_p": SIGNIFICANCE,
         "gap": gap_bars(page),
         "scatters": [
             (task, [plot for plot in (size_plot(page, task), kl_plot(page, task)) if plot])

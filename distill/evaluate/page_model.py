@@ -8,10 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from distill.evaluate.measured import Estimate
+from distill.evaluate.paired import Comparison
 from distill.evaluate.results import Role
-
-SIGNIFICANT_P = 0.05
-"""A difference counts if its p-value, corrected after Holm, is below."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,34 +87,6 @@ class PageRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PageComparison:
-    """A paired test of one model against the baseline on one task; the model minus the baseline."""
-
-    task: str
-    metric: str
-    model: str
-    baseline: str
-    num_items: int
-    difference: float
-    stderr: float | None
-    low: float
-    """Of the 95 % interval, as `high`."""
-    high: float
-    p_value: float
-    p_holm: float
-    gained: int | None
-    """Items that only the model solves; None where items are not solved or missed."""
-    lost: int | None
-    """Items that only the baseline solves."""
-    test: str
-
-    @property
-    def is_significant(self) -> bool:
-        """Whether chance alone would seldom give such a difference."""
-        return self.p_holm < SIGNIFICANT_P
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class PageAnswer:
     """What one model made of one item."""
 
@@ -147,7 +117,7 @@ class PageModel:
     tasks: tuple[PageTask, ...]
     held_out_is_comparable: bool = True
     baseline: str | None = None
-    comparisons: tuple[PageComparison, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
     items: tuple[PageItem, ...] = ()
     notes: tuple[str, ...] = ()
     versions: tuple[tuple[str, str], ...] = ()

@@ -1,14 +1,12 @@
 """Make the model of the HTML page from a leaderboard. No torch here."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from distill.evaluate.columns import task_names
 from distill.evaluate.measured import Estimate, Fidelity
 from distill.evaluate.page_model import (
     PageAnswer,
-    PageComparison,
     PageCost,
     PageItem,
     PageMetric,
@@ -44,7 +42,7 @@ def page_of(
         tasks=tuple(_task(board.models, name) for name in task_names(board.models)),
         held_out_is_comparable=board.held_out_is_comparable,
         baseline=board.baseline,
-        comparisons=tuple(PageComparison(**asdict(one)) for one in board.comparisons),
+        comparisons=board.comparisons,
         items=tuple(
             item for task in task_names(board.models) for item in _items(board.models, task)
         ),

@@ -6,7 +6,8 @@ from itertools import groupby
 
 from distill.evaluate import render
 from distill.evaluate.measured import Estimate
-from distill.evaluate.page_model import PageComparison, PageCost, PageMetric, PageModel, PageTask
+from distill.evaluate.page_model import PageCost, PageMetric, PageModel, PageTask
+from distill.evaluate.paired import Comparison
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 MINUS = "\N{MINUS SIGN}"
@@ -18,7 +19,7 @@ class Difference:
 
     key: str
     """Unique on the page."""
-    source: PageComparison
+    source: Comparison
     verdict: str
     """better, worse, different (no direction is better), or none (not significant)."""
     difference: str
@@ -129,7 +130,7 @@ def signed(value: float, metric: PageMetric) -> str:
     return text if float(text) == 0 else ("+" if value > 0 else MINUS) + text
 
 
-def _difference(source: PageComparison, task: PageTask, key: str) -> Difference:
+def _difference(source: Comparison, task: PageTask, key: str) -> Difference:
     metric = next((one for one in task.metrics if one.name == source.metric), task.main)
     if not source.is_significant:
         verdict = "none"
