@@ -111,6 +111,8 @@ def training_identity(config: ExperimentConfig, cache: JoinedCache) -> dict[str,
     """What decides the trained weights; equal identities need no second training."""
     settings = to_tree(config)
     parts = {name: settings[name] for name in ("seed", "student", "train")}
+    if config.train.seed is None:
+        del parts["train"]["seed"]  # what was trained before there was one still holds
     return {**parts, "caches": list(cache.checksums)}
 
 

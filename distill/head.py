@@ -134,10 +134,13 @@ class _Chunks:
         if self.hidden_RD.device.type == "cpu":
             piece_rows = max(1, _CACHED_ENTRIES // len(self.weight_VD))
         parts = []
+        # One for all chunks: a new one each would exist beside the one before.
+        logits_CV = self.hidden_RD.new_empty(min(chunk_rows, num_rows), len(self.weight_VD))
         with torch.autocast(self.hidden_RD.device.type, enabled=False):
             for start in range(0, num_rows, chunk_rows):
                 stop = min(start + chunk_rows, num_rows)
-                buffer_RV = nn.functional.linear(self.hidden_RD[start:stop], self.weight_VD)
+                buffer_RV = logits_CV[: stop - start]
+                torch.mm(self.hidden_RD[start:stop], self.weight_VD.T, out=buffer_RV)
                 for first in range(start, stop, piece_rows):
                     last = min(first + piece_rows, stop)
                     logits_RV = buffer_RV[first - start : last - start].float()

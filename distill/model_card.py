@@ -173,14 +173,13 @@ def _data(config: ExperimentConfig, manifest: Manifest) -> str:
 
 
 def _training(config: ExperimentConfig, manifest: Manifest) -> str:
-    settings = to_tree(config)["train"]
+    settings = to_tree(config)["train"] | {"seed": config.training_seed}
     num_steps = max((values["step"] for values in _metrics(config.run_folder)), default=0)
     num_tokens = num_steps * config.train.blocks_per_step * manifest.block_length
     return _items(
         {
             "steps": f"{num_steps:,}",
             "tokens": f"{num_tokens:,}",
-            "seed": config.seed,
             **dict(flatten(settings, " ")),
         }
     )

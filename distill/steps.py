@@ -16,7 +16,7 @@ def read_steps(
 
     Args:
         cache: All caches of the training.
-        config: For its seed and its train section.
+        config: For the seed of its training and its train section.
         process: Number of this process.
         num_processes: How many share a step.
         steps: Which steps, counted from 0; finding the first costs the same wherever it is.
@@ -34,7 +34,7 @@ def read_steps(
             epoch, within = divmod(place, len(cache))
             if epoch not in orders:
                 orders.clear()
-                orders[epoch] = cache.epoch_order(config.seed, epoch)
+                orders[epoch] = cache.epoch_order(config.training_seed, epoch)
             mine.append(int(orders[epoch][within]))
         size = settings.micro_batch_blocks
         cuts = [mine[first : first + size] for first in range(0, len(mine), size)]

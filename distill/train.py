@@ -84,10 +84,10 @@ def train(
         checkpoints.begin(resume=resume)
     accelerator.wait_for_everyone()
 
-    set_seed(config.seed)
+    set_seed(config.training_seed)
     model = trainable(student, settings)
     optimizer = torch.optim.AdamW(
-        _parameter_groups(model, settings.weight_decay),
+        parameter_groups(model, settings.weight_decay),
         lr=settings.learning_rate,
         betas=settings.betas,
         fused=True,
@@ -189,7 +189,7 @@ def train(
     return final
 
 
-def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices; none on norms and biases."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [

@@ -13,35 +13,32 @@ vocabularies, with
 Targets are of the kind `threshold` at their usual size. The ways alternate; medians count, but of
 `linear_ce`, many times slower on a CPU, there is one round. --quick knows dense_ce alone.
 `time_over_best_ce` is ours over the faster of the first two. `memory_over_dense_ce` is the peak of
-memory above the inputs, without the weight's gradient (float32) and its copy in bfloat16, over that
-of `dense_ce`; each way runs in a process of its own. Both are the worst over all cases. The last
-line is one JSON object.
+the step's tensors, without the weight's gradient (float32) and its copy in bfloat16, over that of
+`dense_ce`. Both are the worst over all cases. The last line is one JSON object.
 """
 
 import argparse
-import ctypes
 import json
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from distill.config import ThresholdConfig
 from distill.draw import draw
-from distill.evaluate.cost import peak_resident_bytes
 from distill.files import write_json_atomically
 from distill.head import DistillationHead, HeadTargets
 from distill.losses import LossWeights, distillation_loss
 from distill.targets import SparseTargets, concatenate
 from distill.uniforms import row_uniforms
 from scripts.keep_demo_results import machine
+from scripts.step_bytes import peak_bytes
 
 SEED = 0
 WEIGHTS = LossWeights(kl=0.9, ce=0.1)
@@ -88,12 +85,9 @@ def measure(
                 times[name].append(time.perf_counter() - started)
     # The first round warms up.
     seconds = {name: statistics.median(values[1:] or values) for name, values in times.items()}
-    del inputs
-    context = multiprocessing.get_context("spawn")
-    peaks = {}
-    for name in ways:
-        with context.Pool(1) as pool:
-            peaks[name] = pool.apply(peak_bytes, (name, vocab_size, hidden_size, num_tokens))
+    weight_VD = inputs[0].weight
+    aside = weight_VD.nbytes + 2 * weight_VD.numel()  # gradient, and copy in bfloat16
+    peaks = {name: peak_bytes(partial(WAYS[name], inputs)) - aside for name in ways}
     best = min(seconds[name] for name in ("dense_ce", "linear_ce") if name in ways)
     return {
         "vocab_size": vocab_size,
@@ -166,18 +160,6 @@ WAYS: dict[str, Callable[[Inputs], None]] = {
     "linear_ce": by_linear_ce,
     "sparse_kl": by_sparse_kl,
 }
-
-
-def peak_bytes(name: str, vocab_size: int, hidden_size: int, num_tokens: int) -> int:
-    """Peak of resident memory above the inputs, without the weight's gradient and copy."""
-    inputs = make_inputs(vocab_size, hidden_size, num_tokens)
-    WAYS[name](make_inputs(64, hidden_size, 8))  # libraries keep what they first take
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = psutil.Process().memory_info().rss
-    WAYS[name](inputs)
-    peak = peak_resident_bytes() - before
-    return peak - inputs[0].weight.nbytes - inputs[0].weight.numel() * 2
 
 
 if __name__ == "__main__":

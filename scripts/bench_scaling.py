@@ -1,21 +1,25 @@
-"""Memory and time of capture and training as the corpus grows: 1, 10 and 100 times the rows.
+"""Memory and time of capture and training as the corpus grows: 4, 20 and 100 times the rows.
 
     python scripts/bench_scaling.py [--quick] [--out results/bench_scaling.json]
 
 A random Llama (2 layers, 64 wide, 2,000 words) teaches one of the same shape on made-up sentences,
-by the verbs of the command line, each in a process of its own. `peak_bytes` is the largest resident
-memory of that process; what a process of the same verb holds on the smallest corpus is mostly its
-libraries. `time_over_rows` is the time a row, over that of the smallest corpus. With --out, a plot
-stands beside the result. The last line is one JSON object.
+by the verbs of the command line, each in a process of its own, which does a quarter of the smallest
+size first: what libraries take to start is no matter of rows. `peak_bytes` is the largest resident
+memory of that process. `cpu_seconds` is the CPU time of the verb after that, the least of the
+rounds, as what else a machine does only adds to it; `noise` is by how much the most is above it.
+A row's marginal time is (t100 - t20) / (rows100 - rows20), and `marginal_time_ratio` that over the
+one between 20 and 4 times. It is 1 where time is linear; the rounds' own ratios show its noise.
+With --out, a plot stands beside the result. The last line is one JSON object.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import random
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -24,7 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distill.files import write_json_atomically
-from scripts.bench_long_block import in_process
+from scripts.bench_long_block import run
 from scripts.keep_demo_results import machine
 
 SEED = 0
@@ -33,32 +37,81 @@ BLOCKS = 40
 NUM_WORDS = 2000
 
 
+VERBS = ("cache", "train")
+
+
 def main() -> None:
     """Capture and train at each size, print, and write the result where asked."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="1 and 10 times only")
+    parser.add_argument("--quick", action="store_true", help="2, 4 and 8 times, once")
     parser.add_argument("--out", type=Path, help="also write the result there, with a plot")
     options = parser.parse_args()
-    sizes = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        save_teacher(folder / "teacher")
-        for times in (1, 10) if options.quick else (1, 10, 100):
-            sizes[times] = measure(folder, times)
-    smallest = {verb: sizes[1][verb]["seconds_per_row"] for verb in ("cache", "train")}
-    for found in sizes.values():
-        for verb in ("cache", "train"):
-            ratio = found[verb].pop("seconds_per_row") / smallest[verb]
-            found[verb]["time_over_rows"] = round(ratio, 3)
+    sizes, rounds = ((2, 4, 8), 1) if options.quick else ((4, 20, 100), 2)
+    runs: dict[int, list[dict[str, Run]]] = {times: [] for times in sizes}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            save_teacher(folder / "teacher")
+            for times in sizes:
+                runs[times].append(measure(folder, times))
+    verbs = {
+        verb: summary({rows_of(t): [found[verb] for found in runs[t]] for t in sizes})
+        for verb in VERBS
+    }
     result = {
-        "sizes": {str(times): found for times, found in sizes.items()},
+        "verbs": verbs,
+        "rounds": rounds,
         "seed": SEED,
         "machine": machine(),
     }
     if options.out:
         write_json_atomically(options.out, result)
-        plot(sizes, options.out.with_suffix(".png"))
+        plot(verbs, options.out.with_suffix(".png"))
     print(json.dumps(result))
+
+
+def rows_of(times: int) -> int:
+    """Rows of a size."""
+    return times * BLOCKS * BLOCK_LENGTH
+
+
+class Run(NamedTuple):
+    """What a verb's process took."""
+
+    peak_bytes: int
+    cpu_seconds: float
+
+
+def summary(runs: dict[int, list[Run]]) -> dict[str, Any]:
+    """Memory and time over rows, and how linear time is, from the runs at three sizes."""
+    least = {rows: min(run.cpu_seconds for run in found) for rows, found in runs.items()}
+    most = {rows: max(run.cpu_seconds for run in found) for rows, found in runs.items()}
+    peaks = {rows: max(run.peak_bytes for run in found) for rows, found in runs.items()}
+    first, last = min(runs), max(runs)
+    early, late = marginal(least)
+    by_round = [
+        {rows: run.cpu_seconds for rows, run in zip(runs, found, strict=True)}
+        for found in zip(*runs.values(), strict=True)
+    ]
+    ratios = [round(after / before, 3) for before, after in map(marginal, by_round)]
+    return {
+        "marginal_time_ratio": round(late / early, 3),
+        "marginal_time_ratio_of_rounds": ratios,
+        "marginal_microseconds_per_row": [round(1e6 * early, 2), round(1e6 * late, 2)],
+        "microseconds_per_row": {rows: round(1e6 * t / rows, 2) for rows, t in least.items()},
+        "peak_ratio": round(peaks[last] / peaks[first], 3),
+        "noise": round(max(most[rows] / least[rows] for rows in least) - 1, 3),
+        "sizes": [
+            {"rows": rows, "peak_bytes": peaks[rows], "cpu_seconds": round(least[rows], 2)}
+            for rows in sorted(least)
+        ],
+    }
+
+
+def marginal(seconds: dict[int, float]) -> tuple[float, float]:
+    """Seconds a further row takes, between the first two of three sizes and the last two."""
+    (r1, t1), (r2, t2), (r3, t3) = sorted(seconds.items())
+    return (t2 - t1) / (r2 - r1), (t3 - t2) / (r3 - r2)
 
 
 def save_teacher(folder: Path) -> None:
@@ -83,18 +136,29 @@ def save_teacher(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def measure(folder: Path, times: int) -> dict[str, Any]:
-    """Peak memory and seconds a row of both verbs, on `times` as many blocks."""
-    path = folder / f"{times}.yaml"
-    path.write_text(yaml.safe_dump(experiment(folder, times)))
-    rows = times * BLOCKS * BLOCK_LENGTH
-    found: dict[str, Any] = {"rows": rows}
-    for verb in ("cache", "train"):
-        started = time.perf_counter()
-        peak = in_process([verb, str(path)])
-        seconds = time.perf_counter() - started
-        found[verb] = {"peak_bytes": peak, "seconds_per_row": seconds / rows}
+def measure(folder: Path, times: int) -> dict[str, Run]:
+    """Run both verbs on `times` as many blocks."""
+    paths = [folder / f"{size}.yaml" for size in (1, times)]
+    for size, path in zip((1, times), paths, strict=True):
+        path.write_text(yaml.safe_dump(experiment(folder, size)))
+    found = {}
+    for verb in VERBS:
+        first = [
+            f"run_folder={folder}/first-{verb}-{times}",
+            f"cache.folder={folder}/first-{times}",
+        ]
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            tasks = [verb, str(paths[0]), *first], [verb, str(paths[1])]
+            found[verb] = pool.apply(second_of, tasks)
     return found
+
+
+def second_of(first: list[str], second: list[str]) -> Run:
+    """Run a verb twice in this process, which is to be its own; tell of the second time."""
+    run(first)
+    before = sum(os.times()[:4])  # of this process and its children, by user and system
+    peak = run(second)
+    return Run(peak, sum(os.times()[:4]) - before)
 
 
 def experiment(folder: Path, times: int) -> dict[str, Any]:
@@ -102,7 +166,7 @@ def experiment(folder: Path, times: int) -> dict[str, Any]:
     corpus = folder / f"{times}.jsonl"
     rng = random.Random(times)
     with corpus.open("w") as file:
-        for _ in range(times * BLOCKS * BLOCK_LENGTH // 45):
+        for _ in range(rows_of(times) // 45):
             words = (f"w{rng.randrange(NUM_WORDS)}" for _ in range(rng.randint(20, 90)))
             file.write(json.dumps({"text": " ".join(words)}) + "\n")
     return {
@@ -128,22 +192,25 @@ def experiment(folder: Path, times: int) -> dict[str, Any]:
     }
 
 
-def plot(sizes: dict[int, dict[str, Any]], path: Path) -> None:
-    """Draw memory and time a row over the rows."""
+def plot(verbs: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw memory and time over the rows, and the lines on which time would be linear."""
     figure = Figure(figsize=(7, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    rows = [found["rows"] for found in sizes.values()]
-    for verb in ("cache", "train"):
-        peaks = [found[verb]["peak_bytes"] / 1e9 for found in sizes.values()]
-        left.plot(rows, peaks, marker="o", label=verb)
-        ratios = [found[verb]["time_over_rows"] for found in sizes.values()]
-        right.plot(rows, ratios, marker="o", label=verb)
+    for verb, found in verbs.items():
+        rows = [size["rows"] / 1e6 for size in found["sizes"]]
+        left.plot(rows, [size["peak_bytes"] / 1e9 for size in found["sizes"]], "o-", label=verb)
+        seconds = [size["cpu_seconds"] for size in found["sizes"]]
+        (points,) = right.plot(rows, seconds, "o", label=verb)
+        slope = (seconds[-1] - seconds[0]) / (rows[-1] - rows[0])
+        ends = [0, rows[-1]]
+        line = [seconds[0] + slope * (end - rows[0]) for end in ends]
+        right.plot(ends, line, "--", color=points.get_color(), linewidth=1)
     left.set_title("peak memory, GB", fontsize=10)
-    right.set_title("time a row, over the smallest", fontsize=10)
+    right.set_title("CPU time, seconds, and straight lines", fontsize=10)
     for axes in (left, right):
-        axes.set_xscale("log")
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("rows")
+        axes.set_xlim(left=0)
+        axes.set_ylim(0, 1.1 * axes.dataLim.y1)
+        axes.set_xlabel("million rows")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -10,9 +10,8 @@ from pathlib import Path
 from threading import Event, Thread
 
 import psutil
-import yaml
 
-from tests.conftest import folder_bytes, tiny_tree
+from tests.conftest import folder_bytes, write_tiny_yaml
 from tests.processes import start
 
 TRAIN_SHARDS, HELD_OUT_SHARDS = 12, 4
@@ -65,8 +64,7 @@ class Runs:
 
 def capture_unbroken(folder: Path, teacher: Path, corpus: Path) -> dict[str, bytes]:
     """Return what a capture that nobody disturbs leaves."""
-    quiet = Runs(folder / "tiny.yaml", folder / "run")
-    quiet.yaml.write_text(yaml.safe_dump(tiny_tree(quiet.run_folder, teacher, corpus)))
+    quiet = Runs(write_tiny_yaml(folder, teacher, corpus), folder / "run")
     quiet.finish(quiet.start())
     return dict(folder_bytes(quiet.root))
 

@@ -34,6 +34,7 @@ from distill.capture import capture
 from distill.config import ExperimentConfig, load
 from distill.data import Block
 from distill.targets import SparseTargets, concatenate
+from tests.tiny_tasks import write_tasks
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
@@ -164,6 +165,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of small lm-eval tasks; shared, so do not change it."""
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
 def tiny_tree(run_folder: Path, teacher: Path, corpus: Path) -> dict[str, Any]:
     """Settings of a whole experiment that takes seconds, as in its YAML."""
     return {
@@ -185,12 +192,17 @@ def tiny_tree(run_folder: Path, teacher: Path, corpus: Path) -> dict[str, Any]:
     }
 
 
+def write_tiny_yaml(folder: Path, teacher: Path, corpus: Path) -> Path:
+    """Write the tiny experiment (4 training steps), which runs in folder / "run", as YAML."""
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_tree(folder / "run", teacher, corpus)))
+    return path
+
+
 @pytest.fixture
 def tiny_yaml(tmp_path: Path, tiny_teacher: Path, corpus: Path) -> Path:
-    """YAML file of the tiny experiment (4 training steps), whose run folder is tmp_path / "run"."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tiny_tree(tmp_path / "run", tiny_teacher, corpus)))
-    return path
+    """YAML file of the tiny experiment, whose run folder is tmp_path / "run"."""
+    return write_tiny_yaml(tmp_path, tiny_teacher, corpus)
 
 
 @pytest.fixture
@@ -205,9 +217,7 @@ def written_cache(
 ) -> Path:
     """Folder with the complete caches `train` and `held_out` of the tiny experiment: copy it."""
     folder = tmp_path_factory.mktemp("written")
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tiny_tree(folder / "run", tiny_teacher, corpus)))
-    assert capture(load(path))
+    assert capture(load(write_tiny_yaml(folder, tiny_teacher, corpus)))
     return folder / "run" / "cache"
 
 

@@ -19,20 +19,12 @@ from distill.errors import EvalError
 from distill.evaluate.backends import identify
 from distill.evaluate.harness import run_tasks
 from tests.completions_server import completions_server
-from tests.tiny_tasks import write_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 """As peft 0.21 asks transformers 5 by the old name."""
 
 Score = Callable[..., dict[str, dict[str, Any]]]
 """score(model): the task files of one model, by the name of the task."""
-
-
-@pytest.fixture(scope="module")
-def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks")
-    write_tasks(folder)
-    return folder
 
 
 @pytest.fixture

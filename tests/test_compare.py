@@ -15,18 +15,9 @@ from distill.evaluate.compare import compared_models, evaluate
 from distill.evaluate.leaderboard import compare
 from tests.completions_server import completions_server
 from tests.conftest import ConfigMaker
-from tests.tiny_tasks import write_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 """As peft 0.21 asks transformers 5 by the old name."""
-
-
-@pytest.fixture
-def task_folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    write_tasks(folder)
-    return folder
 
 
 def read(path: Path) -> dict[str, Any]:

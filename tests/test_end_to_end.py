@@ -22,9 +22,7 @@ TRAIN = ("train.learning_rate=3e-3", "train.epochs=8")
 @pytest.fixture
 def with_tasks(tiny_yaml: Path, tmp_path: Path) -> Path:
     """The tiny experiment with one lm-eval task."""
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    write_tasks(tasks)
+    tasks = write_tasks(tmp_path / "tasks")
     tree = yaml.safe_load(tiny_yaml.read_text())
     tree["evaluation"] |= {"include_path": str(tasks), "tasks": ["tiny_choice"]}
     tiny_yaml.write_text(yaml.safe_dump(tree))

@@ -200,6 +200,21 @@ def test_sparse_estimates_are_those_of_whole_distributions_within_their_error(
         assert most.value - least.value < 0.5
 
 
+def test_means_and_their_errors_are_those_of_the_documents(
+    tiny_teacher: Path, held_out: Cache
+) -> None:
+    sparse, _ = both(tiny_teacher, held_out)
+    counts_C = torch.tensor(sparse.documents.num_rows)
+    assert len(counts_C) == sparse.num_documents
+    assert int(counts_C.sum()) == held_out.num_rows
+    for measured in ("ce_nats", "kl_nats", "agreement"):
+        sums_C = torch.tensor(getattr(sparse.documents, measured), dtype=torch.float64)
+        found = clustered_mean(sums_C, counts_C)
+        expected = getattr(sparse, measured)
+        assert found.value == pytest.approx(expected.value, rel=1e-12)
+        assert found.stderr == pytest.approx(expected.stderr, rel=1e-9)
+
+
 def test_teacher_is_as_calibrated_by_its_cache_as_by_itself(
     tiny_teacher: Path, held_out: Cache
 ) -> None:

@@ -35,13 +35,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks")
-    write_tasks(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def config(task_folder: Path) -> EvaluationConfig:
     return EvaluationConfig(
         tasks=("tiny_choice", "tiny_rolling"),
@@ -177,7 +170,6 @@ def test_other_weights_run_again_and_a_moved_folder_does_not(run: Run, tmp_path:
 def test_changed_task_data_run_again_and_moved_data_do_not(run: Run, tmp_path: Path) -> None:
     folders = tmp_path / "here", tmp_path / "there"
     for folder in folders:
-        folder.mkdir()
         write_tasks(folder)
     run(include_path=str(folders[0]))
     run(include_path=str(folders[1]))

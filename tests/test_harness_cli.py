@@ -20,9 +20,7 @@ TASKS = ("tiny_choice", "tiny_rolling")
 def test_scores_equal_those_of_the_command_line_to_the_last_digit(
     tiny_teacher: Path, tmp_path: Path, num_fewshot: int | None, limit: int | None
 ) -> None:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    write_tasks(folder)
+    folder = write_tasks(tmp_path / "tasks")
     theirs = command_line(tiny_teacher, folder, tmp_path / "out", num_fewshot, limit)
     config = EvaluationConfig(
         tasks=TASKS,

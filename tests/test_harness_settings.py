@@ -13,17 +13,10 @@ from distill.config import EvaluationConfig
 from distill.errors import EvalError
 from distill.evaluate.harness import run_tasks
 from distill.evaluate.tasks import task_manager
-from tests.tiny_tasks import QUESTIONS, save_model, write_tasks
+from tests.tiny_tasks import QUESTIONS, save_model
 
 Score = Callable[..., dict[str, dict[str, Any]]]
 """score("tiny_choice", limit=2): files of the tiny teacher, by the name of the task."""
-
-
-@pytest.fixture(scope="module")
-def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks")
-    write_tasks(folder)
-    return folder
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ pytestmark = pytest.mark.slow  # lm-eval itself takes 15 seconds to start
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two models, tasks, and one of the models scored by lm-eval and by us."""
     folder = tmp_path_factory.mktemp("work")
-    (folder / "tasks").mkdir()
     write_tasks(folder / "tasks")
     for seed, name in enumerate(("mine", "theirs")):
         save_model(folder / name, seed=seed)

@@ -2,8 +2,11 @@
 
 import json
 import math
+from pathlib import Path
 
-from scripts import bench_students
+import pytest
+
+from scripts import bench_students, results_page
 from scripts.keep_demo_results import KEPT, ROOT, with_results
 
 
@@ -84,3 +87,68 @@ def test_training_document_shows_how_the_head_compares() -> None:
         ("memory_over_dense_ce", "of its memory"),
     ):
         assert f"{small[key]:.2f} and {large[key]:.2f} {words}" in document
+
+
+@pytest.mark.parametrize("page", results_page.PAGES, ids=lambda page: page.name)
+def test_measured_tables_are_those_of_the_result_files(page: Path) -> None:
+    text = page.read_text()
+    assert "<!-- measured: " in text
+    assert results_page.with_tables(text) == text
+
+
+def test_a_mark_without_a_table_is_refused() -> None:
+    with pytest.raises(KeyError, match="nonsense"):
+        results_page.with_tables("<!-- measured: nonsense -->\n<!-- end of nonsense -->")
+
+
+def test_an_edited_table_is_made_anew() -> None:
+    mark = "<!-- measured: layouts -->\n{}<!-- end of layouts -->"
+    edited = results_page.with_tables(mark.format("| ours | 1 byte a row |\n"))
+    assert edited == mark.format(results_page.layouts())
+
+
+def test_every_result_has_its_machine() -> None:
+    for file in (ROOT / "results").glob("*.json"):
+        result = json.loads(file.read_text())
+        assert {"cpu", "cores", "python"} <= result["machine"].keys(), file
+
+
+def test_committed_reproduction_supports_what_the_page_says() -> None:
+    result = json.loads((ROOT / "results" / "sparse_kd.json").read_text())
+    arms, seeds = result["arms"], 3
+    assert all(found["ce_nats"]["n"] >= seeds - 1 for found in arms.values())
+    ce = {name: found["ce_nats"]["mean"] for name, found in arms.items()}
+    ece = {name: found["ece"]["mean"] for name, found in arms.items()}
+    for k in (5, 12):
+        assert ce[f"top_k_{k}_none"] > ce["ce"]
+        assert ece[f"top_k_{k}_none"] > 3 * ece["ce"]
+    for k in (5, 12, 50):
+        assert ce[f"top_k_{k}_label"] < ce[f"top_k_{k}_bucket"] < ce[f"top_k_{k}_none"]
+        assert ece[f"top_k_{k}_bucket"] < ece[f"top_k_{k}_label"] < ece[f"top_k_{k}_none"]
+        if k < 50:
+            assert ce[f"top_k_{k}_none"] > ce[f"top_k_{'12' if k == 5 else '50'}_none"]
+    assert abs(ce["sampled_5"] - ce["top_k_50_bucket"]) < 0.01
+    for kind in ("sampled", "threshold"):
+        drawn = [ce[f"{kind}_{number}"] for number in (5, 12, 25)]
+        assert drawn == sorted(drawn, reverse=True)
+        assert drawn[-1] > ce["dense"] + 0.01
+    assert max(ce, key=ce.__getitem__) == "top_k_12_uniform"
+    assert ce["threshold_5"] > ce["sampled_5"] + 0.005
+    assert abs(ce["threshold_12"] - ce["sampled_12"]) < 0.006
+    assert result["pretrained"]["ce_nats"]["mean"] < ce["ce_tenth_rate"] < ce["ce"]
+    assert arms["ce_tenth_rate"]["share_of_gap"]["mean"] > 0.5
+
+
+def test_committed_gradients_support_what_the_page_says() -> None:
+    gradients = json.loads((ROOT / "results" / "sparse_kd.json").read_text())["gradients"]
+
+    def angle(arm: str, blocks: int) -> float:
+        return float(gradients[arm][str(blocks)]["angle_degrees"]["mean"])
+
+    for number in (5, 12, 25):
+        for blocks in (1, 8, 32):
+            assert angle(f"threshold_{number}", blocks) < angle(f"sampled_{number}", blocks)
+        for kind in ("threshold", "sampled"):
+            assert angle(f"{kind}_{number}", 32) < 0.75 * angle(f"{kind}_{number}", 1)
+    for k in (12, 50):
+        assert angle(f"top_k_{k}_bucket", 32) > angle(f"top_k_{k}_bucket", 1)

@@ -13,10 +13,7 @@ from tests.tiny_tasks import write_tasks
 
 @pytest.fixture
 def config(tmp_path: Path) -> EvaluationConfig:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    write_tasks(folder)
-    return EvaluationConfig(include_path=str(folder))
+    return EvaluationConfig(include_path=str(write_tasks(tmp_path / "tasks")))
 
 
 def test_groups_and_tags_become_the_tasks_that_lm_eval_makes_of_them(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distill.cache.reader import open_cache
 from distill.config import ExperimentConfig
 from distill.errors import CacheError, CheckpointError, ConfigError, MismatchError
+from distill.fit import is_finished
 from distill.losses import LossWeights, distillation_loss
 from distill.train import train
 from students import build_student
@@ -91,6 +92,33 @@ def test_finished_student_is_a_plain_transformers_folder(tiny_config: ConfigMake
     ids = tokenizer("the cat", return_tensors="pt")["input_ids"]
     assert model.generate(ids, max_new_tokens=3, pad_token_id=257).shape == (1, ids.shape[1] + 3)
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_a_seed_of_the_training_orders_the_blocks_of_one_cache_anew(
+    tiny_config: ConfigMaker, tmp_path: Path
+) -> None:
+    cache = f"cache.folder={tmp_path / 'run' / 'cache'}"
+    losses = {}
+    for seed in ("null", "0", "1"):
+        config = tiny_config(
+            *TINY, cache, f"train.seed={seed}", f"run_folder={tmp_path / f'seed-{seed}'}"
+        )
+        run(config)
+        losses[seed] = [
+            line["train/ce_nats"] for line in metrics(config) if "train/ce_nats" in line
+        ]
+    assert losses["null"] == losses["0"] != losses["1"]
+
+
+def test_a_student_of_before_there_was_a_seed_of_the_training_still_holds(
+    tiny_config: ConfigMaker,
+) -> None:
+    config = tiny_config(*TINY)
+    folder = run(config)
+    assert "seed" not in json.loads((folder / "distill.json").read_text())["training"]["train"]
+    assert is_finished(config)
+    with pytest.raises(MismatchError, match="seed"):
+        is_finished(tiny_config(*TINY, "train.seed=1"))
 
 
 def test_stopped_training_resumes_to_the_same_bits(

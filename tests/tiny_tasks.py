@@ -72,8 +72,12 @@ def task_yaml(name: str, data: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def write_tasks(folder: Path) -> None:
-    """Write tasks that work, tasks that fail, a group and a tag, with their data."""
+def write_tasks(folder: Path) -> Path:
+    """Write tasks that work, tasks that fail, a group and a tag, with their data; return `folder`.
+
+    It is made if it is not there.
+    """
+    folder.mkdir(exist_ok=True)
     choice, text = folder / "choice.jsonl", folder / "text.jsonl"
     choice.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     few = folder / "few.jsonl"
@@ -142,3 +146,4 @@ def write_tasks(folder: Path) -> None:
     }
     for name, definition in yamls.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(definition))
+    return folder

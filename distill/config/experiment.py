@@ -119,6 +119,11 @@ class ExperimentConfig:
         root = self.cache.folder or str(self.run_folder / "cache")
         return f"{root.rstrip('/')}/{split}"
 
+    @property
+    def training_seed(self) -> int:
+        """Decides the order of the blocks, and what dropout drops."""
+        return self.seed if self.train.seed is None else self.train.seed
+
     def training_folders(self) -> list[str]:
         """Folders or URLs of all caches that the student learns from, our own first."""
         return [self.cache_folder("train"), *(f"{r.rstrip('/')}/train" for r in self.cache.also)]

@@ -62,6 +62,9 @@ class TrainConfig:
     """Norm to which gradients are clipped."""
     epochs: PositiveFloat = 1.0
     """Passes over the cache."""
+    seed: int | None = None
+    """Of data order and dropout alone, so that trainings on one cache can be repeated; by default
+    the experiment's."""
     blocks_per_step: Positive = 8
     """Blocks an optimiser step sees, over all processes."""
     micro_batch_blocks: Positive = 1

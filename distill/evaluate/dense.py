@@ -51,7 +51,7 @@ def measure_exactly(
     manifest, blocks = cache.manifest, []
     for block_id in range(len(cache)):
         batch = cache.batch([block_id]).to(device)
-        hidden = [_hidden(each, batch) for each in (model, teacher)]
+        hidden = [hidden_states(each, batch) for each in (model, teacher)]
         parts = []
         for first in range(0, len(batch.labels_R), _ROWS_AT_ONCE):
             rows = slice(first, first + _ROWS_AT_ONCE)
@@ -77,7 +77,8 @@ def compare(logits_RV: Tensor, teacher_logits_RV: Tensor) -> Tensor:
     return torch.stack([kl_R.double(), agrees_R.double(), accepted_R.double()], dim=1)
 
 
-def _hidden(model: Any, batch: Batch) -> Tensor:
+def hidden_states(model: Any, batch: Batch) -> Tensor:
+    """Return a model's last hidden states of the rows that count, [R, D]."""
     # As in training: positions that restart, no mask and no cache keep packed documents apart.
     hidden_BTD = model.get_decoder()(
         input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False

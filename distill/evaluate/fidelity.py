@@ -27,6 +27,16 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
+class Documents:
+    """Sums over the rows of each document that has any, in order: two models can be paired."""
+
+    num_rows: tuple[int, ...]
+    ce_nats: tuple[float, ...]
+    kl_nats: tuple[float, ...]
+    agreement: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Fidelity:
     """Means over all rows that count."""
 
@@ -47,6 +57,7 @@ class Fidelity:
     """Of the model's likeliest tokens."""
     teacher_reliability: Reliability | None
     """Of the teacher's; None where the cache lacks its probabilities at temperature 1."""
+    documents: Documents
 
     def as_dict(self) -> dict[str, Any]:
         """Return nested dicts of JSON values."""
@@ -108,6 +119,7 @@ def measure(
         teacher_reliability=Reliability.of(torch.stack(teacher_bins).sum(0))
         if has_probabilities and not is_warm
         else None,
+        documents=_documents(sums_CM, counts_C),
     )
 
 
@@ -124,6 +136,12 @@ def score(
         batch.input_ids_BT, batch.position_ids_BT, batch.row_mask_BT, targets
     )
     return result
+
+
+def _documents(sums_CM: Tensor, counts_C: Tensor) -> Documents:
+    has_rows_C = counts_C > 0
+    ce, kl, agreement = (tuple(sums_C.tolist()) for sums_C in sums_CM[has_rows_C, :3].unbind(1))
+    return Documents(tuple(int(count) for count in counts_C[has_rows_C]), ce, kl, agreement)
 
 
 def _sums_of_block(batch: Batch, rows: LossRows) -> tuple[Tensor, Tensor, Tensor]:

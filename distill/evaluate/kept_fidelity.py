@@ -3,6 +3,7 @@
 identity                    what decides the numbers: weights, caches, dtype, versions
 num_rows, num_documents     of the held-out cache
 ce_nats, kl_nats, ...       as `distill.evaluate.fidelity.Fidelity`
+documents                   {num_rows, ce_nats, kl_nats, agreement}: sums over each document's rows
 bits_per_byte               {value, stderr}, of the text that the rows stand for
 exact                       as `distill.evaluate.dense.Exact`, with evaluation.exact
 groups                      name -> the same for each cache of evaluation.held_out
@@ -145,7 +146,7 @@ def _identity(
     return identity
 
 
-_MEASURES = 2
+_MEASURES = 3
 """Raised when a file holds more than it did: files of old are made anew."""
 
 

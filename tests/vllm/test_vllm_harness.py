@@ -28,10 +28,8 @@ def _name_of_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_engine_gives_the_scores_of_transformers(tmp_path: Path) -> None:
-    model, tasks = tmp_path / "model", tmp_path / "tasks"
-    tasks.mkdir()
+    model, tasks = tmp_path / "model", write_tasks(tmp_path / "tasks")
     save_model(model, seed=0)
-    write_tasks(tasks)
     config = EvaluationConfig(
         tasks=("tiny_choice", "tiny_rolling"),
         include_path=str(tasks),

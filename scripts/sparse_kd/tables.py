@@ -1,0 +1,79 @@
+"""The report's tables in Markdown, made of its numbers alone."""
+
+from typing import Any
+
+from scripts.results_page import table
+from scripts.sparse_kd.arms import ARMS
+
+
+def tables(summary: dict[str, Any]) -> str:
+    """Return the three tables: arms, gradients, repeated epochs."""
+    parts = (_arms(summary), _gradients(summary), _repeated(summary))
+    return "\n".join(part or "Not run yet.\n" for part in parts)
+
+
+def _with_error(found: dict[str, Any], digits: int, scale: float = 1.0) -> str:
+    if found["mean"] is None:
+        return "-"
+    text = f"{scale * found['mean']:.{digits}f}"
+    return text if found["stderr"] is None else f"{text} ± {scale * found['stderr']:.{digits}f}"
+
+
+def _arms(summary: dict[str, Any]) -> str:
+    head = ["targets", "seeds", "bytes a row", "cross-entropy (nats)", "above dense (nats)"]
+    head += ["share of the gap (%)", "KL (nats)", "ECE (%)", "agreement (%)", "acceptance (%)"]
+    if not summary["arms"]:
+        return ""
+    rows = [["before", *_scores(summary["pretrained"], "-")]]
+    for name, found in summary["arms"].items():
+        capture = ARMS[name].capture
+        size = f"{summary['captures'][capture]['bytes_per_row']:.1f}" if capture else "-"
+        rows.append([name, *_scores(found, size)])
+    return table(head, rows)
+
+
+def _scores(found: dict[str, Any], size: str) -> list[str]:
+    above, share = found.get("above_dense_nats"), found.get("share_of_gap")
+    return [
+        str(found["ce_nats"]["n"]),
+        size,
+        _with_error(found["ce_nats"], 3),
+        _with_error(above, 3) if above else "-",
+        _with_error(share, 0, 100) if share else "-",
+        _with_error(found["kl_nats"], 3),
+        _with_error(found["ece"], 1, 100),
+        _with_error(found["agreement"], 1, 100),
+        _with_error(found["acceptance"], 1, 100),
+    ]
+
+
+def _gradients(summary: dict[str, Any]) -> str:
+    rows = []
+    batches: list[str] = []
+    for name, by_blocks in summary["gradients"].items():
+        batches = sorted(by_blocks, key=int)
+        angles = [_with_error(by_blocks[size]["angle_degrees"], 1) for size in batches]
+        ratios = [_with_error(by_blocks[size]["norm_ratio"], 2) for size in batches]
+        capture = ARMS[name].capture
+        ids = f"{summary['captures'][capture]['ids_per_row']:.1f}" if capture else "1"
+        by_id = _with_error(by_blocks[batches[-1]]["id_angle_degrees"], 1)
+        rows.append([name, ids, *angles, ratios[-1], by_id])
+    head = ["targets", "ids a row", *(f"angle, {size} blocks (degrees)" for size in batches)]
+    last = f"{batches[-1]} blocks" if batches else ""
+    head += [f"norm ratio, {last}", f"mean angle of an id's row, {last} (degrees)"]
+    return table(head, rows) if rows else ""
+
+
+def _repeated(summary: dict[str, Any]) -> str:
+    rows = []
+    epochs: list[str] = []
+    for name, by_epochs in summary["repeated"].items():
+        epochs = sorted({*epochs, *by_epochs}, key=int)
+        cells = [
+            _with_error(by_epochs[each][split]["kl_nats"], 3) if each in by_epochs else "-"
+            for split in ("held_out", "train")
+            for each in epochs
+        ]
+        rows.append([name, *cells])
+    head = ["targets", *(f"held-out KL, {each} epochs" for each in epochs)]
+    return table([*head, *(f"KL on the corpus, {each}" for each in epochs)], rows) if rows else ""
