@@ -32,7 +32,7 @@ from distill.files import write_json_atomically
 from distill.models import load_causal_lm, load_tokenizer
 from distill.targets import SparseTargets, concatenate
 from distill.uniforms import row_uniforms
-from scripts.keep_demo_results import machine
+from scripts.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
 VOCAB_SIZE = 128_256
@@ -58,7 +58,6 @@ def main() -> None:
         "blocks": num_blocks,
         "text": "documentation inside CPython (technical English)",
         "vocab_size": VOCAB_SIZE,
-        "seed": SEED,
         "bytes_per_row": {},
         "mean_ids": {},
         "bytes_per_id": {},
@@ -67,7 +66,7 @@ def main() -> None:
     for name, config in KINDS.items():
         with tempfile.TemporaryDirectory() as folder:
             result |= measure(folder, name, config, blocks, targets[name], result)
-    result["machine"] = machine()
+    result |= provenance(SEED)
     if options.out:
         write_json_atomically(options.out, result)
     print(json.dumps(result))

@@ -37,7 +37,7 @@ from distill.head import DistillationHead, HeadTargets
 from distill.losses import LossWeights, distillation_loss
 from distill.targets import SparseTargets, concatenate
 from distill.uniforms import row_uniforms
-from scripts.keep_demo_results import machine
+from scripts.provenance import provenance
 from scripts.step_bytes import peak_bytes
 
 SEED = 0
@@ -63,8 +63,7 @@ def main() -> None:
         "memory_over_dense_ce": max(case["memory_over_dense_ce"] for case in found),
         "cases": found,
         "rounds": rounds,
-        "seed": SEED,
-        "machine": machine(),
+        **provenance(SEED),
     }
     if options.out:
         write_json_atomically(options.out, result)

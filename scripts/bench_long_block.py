@@ -23,7 +23,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from distill.cli import main as distill
 from distill.evaluate.cost import peak_resident_bytes
 from distill.files import write_json_atomically
-from scripts.keep_demo_results import ROOT, machine
+from scripts.keep_demo_results import ROOT
+from scripts.provenance import provenance
 
 SEED = 0
 HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS = 256, 2, 4
@@ -54,8 +55,7 @@ def main() -> None:
         "peak_bytes": peaks,
         "logits_bytes": 4 * options.tokens * vocab_size,
         "student": {"hidden_size": HIDDEN_SIZE, "num_layers": NUM_LAYERS, "vocab_size": vocab_size},
-        "seed": SEED,
-        "machine": machine(),
+        **provenance(SEED),
     }
     if options.out:
         write_json_atomically(options.out, result)

@@ -37,8 +37,8 @@ from distill.files import write_json_atomically
 from distill.head import HeadTargets
 from distill.losses import LossWeights
 from distill.targets import SparseTargets
-from scripts.keep_demo_results import machine
 from scripts.peer_losses import SEED, WAYS, Case, Loss, Step, Way, reference
+from scripts.provenance import provenance
 from scripts.step_bytes import peak_bytes, saved_bytes
 
 OURS = "distill_threshold"
@@ -72,8 +72,7 @@ def main() -> None:
         "rounds": rounds,
         "threads": torch.get_num_threads(),
         "versions": {name: version_of(name) for name in PACKAGES},
-        "seed": SEED,
-        "machine": machine(),
+        **provenance(SEED),
     }
     if options.out:
         write_json_atomically(options.out, result)

@@ -30,8 +30,8 @@ from distill.data import Block
 from distill.files import write_json_atomically
 from distill.targets import SparseTargets, concatenate
 from scripts import bench_cache
-from scripts.keep_demo_results import machine
 from scripts.peer_layouts import LAYOUTS, Arrays
+from scripts.provenance import provenance
 
 KINDS: dict[str, TargetsConfig] = {
     **bench_cache.KINDS,
@@ -56,8 +56,7 @@ def main() -> None:
         "rows": int(sum(block.row_mask().sum() for block in blocks)),
         "vocab_size": bench_cache.VOCAB_SIZE,
         "layouts": layouts,
-        "seed": bench_cache.SEED,
-        "machine": machine(),
+        **provenance(bench_cache.SEED),
     }
     if options.out:
         write_json_atomically(options.out, result)

@@ -1,4 +1,4 @@
-"""Memory and time of capture and training as the corpus grows: 4, 20 and 100 times the rows.
+"""Memory and time of capture and training as the corpus grows: 1, 10 and 100 times the rows.
 
     python scripts/bench_scaling.py [--quick] [--out results/bench_scaling.json]
 
@@ -7,8 +7,8 @@ by the verbs of the command line, each in a process of its own, which does a qua
 size first: what libraries take to start is no matter of rows. `peak_bytes` is the largest resident
 memory of that process. `cpu_seconds` is the CPU time of the verb after that, the least of the
 rounds, as what else a machine does only adds to it; `noise` is by how much the most is above it.
-A row's marginal time is (t100 - t20) / (rows100 - rows20), and `marginal_time_ratio` that over the
-one between 20 and 4 times. It is 1 where time is linear; the rounds' own ratios show its noise.
+A row's marginal time is (t100 - t10) / (rows100 - rows10), and `marginal_time_ratio` that over the
+one between 10 times and once. It is 1 where time is linear; the rounds' own ratios show its noise.
 With --out, a plot stands beside the result. The last line is one JSON object.
 """
 
@@ -29,11 +29,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distill.files import write_json_atomically
 from scripts.bench_long_block import run
-from scripts.keep_demo_results import machine
+from scripts.provenance import provenance
 
 SEED = 0
 BLOCK_LENGTH = 256
-BLOCKS = 40
+FIRST_BLOCKS = 40
+"""What a process does before it is measured."""
 NUM_WORDS = 2000
 
 
@@ -43,36 +44,30 @@ VERBS = ("cache", "train")
 def main() -> None:
     """Capture and train at each size, print, and write the result where asked."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="2, 4 and 8 times, once")
+    parser.add_argument("--quick", action="store_true", help="20,480, 40,960 and 81,920 rows, once")
     parser.add_argument("--out", type=Path, help="also write the result there, with a plot")
     options = parser.parse_args()
-    sizes, rounds = ((2, 4, 8), 1) if options.quick else ((4, 20, 100), 2)
-    runs: dict[int, list[dict[str, Run]]] = {times: [] for times in sizes}
+    sizes, rounds = ((80, 160, 320), 1) if options.quick else ((160, 1600, 16000), 2)
+    runs: dict[int, list[dict[str, Run]]] = {blocks: [] for blocks in sizes}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             save_teacher(folder / "teacher")
-            for times in sizes:
-                runs[times].append(measure(folder, times))
+            for blocks in sizes:
+                runs[blocks].append(measure(folder, blocks))
     verbs = {
-        verb: summary({rows_of(t): [found[verb] for found in runs[t]] for t in sizes})
+        verb: summary({BLOCK_LENGTH * n: [found[verb] for found in runs[n]] for n in sizes})
         for verb in VERBS
     }
     result = {
         "verbs": verbs,
         "rounds": rounds,
-        "seed": SEED,
-        "machine": machine(),
+        **provenance(SEED),
     }
     if options.out:
         write_json_atomically(options.out, result)
         plot(verbs, options.out.with_suffix(".png"))
     print(json.dumps(result))
-
-
-def rows_of(times: int) -> int:
-    """Rows of a size."""
-    return times * BLOCKS * BLOCK_LENGTH
 
 
 class Run(NamedTuple):
@@ -136,16 +131,17 @@ def save_teacher(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def measure(folder: Path, times: int) -> dict[str, Run]:
-    """Run both verbs on `times` as many blocks."""
-    paths = [folder / f"{size}.yaml" for size in (1, times)]
-    for size, path in zip((1, times), paths, strict=True):
+def measure(folder: Path, num_blocks: int) -> dict[str, Run]:
+    """Run both verbs on so many blocks."""
+    sizes = (FIRST_BLOCKS, num_blocks)
+    paths = [folder / f"{size}.yaml" for size in sizes]
+    for size, path in zip(sizes, paths, strict=True):
         path.write_text(yaml.safe_dump(experiment(folder, size)))
     found = {}
     for verb in VERBS:
         first = [
-            f"run_folder={folder}/first-{verb}-{times}",
-            f"cache.folder={folder}/first-{times}",
+            f"run_folder={folder}/first-{verb}-{num_blocks}",
+            f"cache.folder={folder}/first-{num_blocks}",
         ]
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             tasks = [verb, str(paths[0]), *first], [verb, str(paths[1])]
@@ -161,22 +157,22 @@ def second_of(first: list[str], second: list[str]) -> Run:
     return Run(peak, sum(os.times()[:4]) - before)
 
 
-def experiment(folder: Path, times: int) -> dict[str, Any]:
+def experiment(folder: Path, num_blocks: int) -> dict[str, Any]:
     """Settings of one size, and its corpus."""
-    corpus = folder / f"{times}.jsonl"
-    rng = random.Random(times)
+    corpus = folder / f"{num_blocks}.jsonl"
+    rng = random.Random(num_blocks)
     with corpus.open("w") as file:
-        for _ in range(rows_of(times) // 45):
+        for _ in range(BLOCK_LENGTH * num_blocks // 45):
             words = (f"w{rng.randrange(NUM_WORDS)}" for _ in range(rng.randint(20, 90)))
             file.write(json.dumps({"text": " ".join(words)}) + "\n")
     return {
-        "run_folder": str(folder / f"run-{times}"),
+        "run_folder": str(folder / f"run-{num_blocks}"),
         "seed": SEED,
         "device": "cpu",
         "data": {
             "sources": [{"path": "json", "data_files": [str(corpus)]}],
             "block_length": BLOCK_LENGTH,
-            "train_blocks": times * BLOCKS,
+            "train_blocks": num_blocks,
             "held_out_blocks": 4,
             "held_out_fraction": 0.05,
         },

@@ -42,7 +42,7 @@ from distill.teacher.resident import ResidentTeacher
 from distill.teacher.selection import stack_inputs
 from distill.teacher.streamed import StreamedTeacher
 from scripts.bench_teacher import save_random_llama
-from scripts.keep_demo_results import machine
+from scripts.provenance import provenance
 from scripts.weight_streamers import (
     BLOCK_LENGTH,
     MICRO_BATCH_TOKENS,
@@ -70,12 +70,11 @@ def main() -> None:
         "window_tokens": WINDOW_TOKENS,
         "micro_batch_tokens": MICRO_BATCH_TOKENS,
         "block_length": BLOCK_LENGTH,
-        "seed": SEED,
     }
     with tempfile.TemporaryDirectory() as folder:
         save_random_llama(Path(folder))
         result |= against_resident(Path(folder), 1 if options.quick else 3)
-    result["machine"] = machine()
+    result |= provenance(SEED)
     if options.large:
         save_8b_shape(options.large)
         found = result["llama_8b_shape"] = against_accelerate(options.large)

@@ -23,7 +23,7 @@ from distill.config import load
 from distill.distillation_model import DistillationModel
 from distill.evaluate.fidelity import measure
 from distill.files import write_json_atomically
-from scripts.keep_demo_results import machine
+from scripts.provenance import provenance
 from students import build_student
 
 ROOT = Path(__file__).parent.parent
@@ -73,14 +73,12 @@ def main() -> None:
             cuts[title] = {"settings": cut, **measure_cut([*settings, *cut], held_out)}
             print(f"{title}: {cuts[title]}", file=sys.stderr, flush=True)
     result = {
-        "command": f"python scripts/bench_students.py{' --quick' if options.quick else ''}",
         "config": str(CONFIG.relative_to(ROOT)),
-        "seed": config.seed,
         "held_out_blocks": num_blocks,
         "calibration_blocks": CALIBRATION_BLOCKS,
         "block_length": config.data.block_length,
         "cuts": cuts,
-        "machine": machine(),
+        **provenance(config.seed),
     }
     if options.out:
         write_json_atomically(options.out, result)

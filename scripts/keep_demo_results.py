@@ -6,8 +6,6 @@ Run it after `make demo`; a test compares README and results.
 """
 
 import argparse
-import os
-import platform
 import re
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from distill.cache.inspect import describe, summarise
 from distill.cache.reader import open_cache
 from distill.config import load
 from distill.files import write_json_atomically, write_text_atomically
+from scripts.provenance import machine
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/smollm2-demo.yaml"
@@ -34,18 +33,6 @@ def main() -> None:
     write_json_atomically(KEPT / "machine.json", {"command": "make demo", **machine()})
     readme = (ROOT / "README.md").read_text()
     write_text_atomically(ROOT / "README.md", with_results(readme))
-
-
-def machine() -> dict[str, object]:
-    """Describe the computer, as far as a reader needs to compare times."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "cpu": cpu[1] if cpu else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "python": platform.python_version(),
-        "system": platform.system(),
-    }
 
 
 def with_results(readme: str) -> str:

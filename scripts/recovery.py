@@ -15,8 +15,6 @@ documents. Stop at any time: the same command goes on, and does nothing twice. W
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,7 +31,7 @@ from distill.evaluate.paired import compare_items, corrected, gap_recovered
 from distill.evaluate.results import ModelResult, collect
 from distill.export import read_provenance
 from distill.files import write_json_atomically, write_text_atomically
-from scripts.keep_demo_results import machine
+from scripts.provenance import provenance
 from scripts.recovery_report import figures, plot, table
 
 SHAPES: dict[str, tuple[str, ...]] = {
@@ -128,8 +126,7 @@ def main() -> None:
         shapes=SHAPES,
     )
     run(experiment)
-    result = {"command": shlex.join(["python", *sys.argv]), **report(experiment)}
-    result["machine"] = machine()
+    result = report(experiment)
     if options.out:
         write_json_atomically(options.out, result)
         write_text_atomically(options.out.with_suffix(".md"), table(result))
@@ -206,7 +203,7 @@ def report(experiment: Experiment) -> dict[str, Any]:
     return {
         "config": str(experiment.config),
         "settings": list(experiment.settings),
-        "seed": config.seed,
+        **provenance(config.seed),
         "train_seeds": list(range(experiment.num_seeds)),
         "train_tokens": next(iter(tokens.values())),
         "data": cache.data,

@@ -1,14 +1,15 @@
 """Figures, table and plot of scripts/recovery.py; table and plot are made of its JSON alone."""
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from distill.evaluate.render import MISSING
 from distill.evaluate.results import ModelResult
+from scripts.results_page import table as markdown
 
 _TESTS = {
     "bootstrap": "paired bootstrap",
@@ -83,7 +84,7 @@ def table(result: dict[str, Any]) -> str:
         ),
         _gaps(result["gaps"]),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -97,6 +98,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     left.set_yticks(range(len(names)), names, fontsize=8)
     left.invert_yaxis()
     left.set_xscale("log")
+    for formatter in (left.xaxis.set_major_formatter, left.xaxis.set_minor_formatter):
+        formatter(ScalarFormatter())  # 60, not 6 x 10^1
     left.set_title("held-out perplexity (standard errors)", fontsize=10)
     arms = list(dict.fromkeys(gap["model"] for gap in result["gaps"]))
     titles = list(dict.fromkeys(_title(gap) for gap in result["gaps"]))
@@ -141,7 +144,7 @@ def _models(models: list[dict[str, Any]]) -> str:
         ]
         for found in models
     ]
-    return _markdown(heads, rows)
+    return markdown(heads, rows)
 
 
 def _comparisons(comparisons: list[dict[str, Any]]) -> str:
@@ -165,7 +168,7 @@ def _comparisons(comparisons: list[dict[str, Any]]) -> str:
             ]
         )
     heads = ["pair", "measure", "difference", "95% interval", "documents", "KD / CE alone solve"]
-    return _markdown([*heads, "test", "p", "p (Holm)"], rows)
+    return markdown([*heads, "test", "p", "p (Holm)"], rows)
 
 
 def _gaps(gaps: list[dict[str, Any]]) -> str:
@@ -175,7 +178,7 @@ def _gaps(gaps: list[dict[str, Any]]) -> str:
         [arm, *(_interval(found.get((arm, title))) for title in titles)]
         for arm in dict.fromkeys(gap["model"] for gap in gaps)
     ]
-    return _markdown(["student", *titles], rows)
+    return markdown(["student", *titles], rows)
 
 
 def _title(found: dict[str, Any]) -> str:
@@ -214,11 +217,6 @@ def _plural(count: int, thing: str) -> str:
 
 def _colour(name: str) -> str:
     return "C0" if "-kd" in name else "C1" if "-ce" in name else "0.3"
-
-
-def _markdown(heads: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [heads, [":--", *["--:"] * (len(heads) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _estimate(estimate: Any) -> dict[str, float | None]:

@@ -107,10 +107,13 @@ def test_an_edited_table_is_made_anew() -> None:
     assert edited == mark.format(results_page.layouts())
 
 
-def test_every_result_has_its_machine() -> None:
+def test_every_result_has_its_command_seed_and_machine() -> None:
     for file in (ROOT / "results").glob("*.json"):
         result = json.loads(file.read_text())
         assert {"cpu", "cores", "python"} <= result["machine"].keys(), file
+        assert isinstance(result["seed"], int), file
+        _, script, *_ = result["command"].split()
+        assert (ROOT / script).is_file(), file
 
 
 def test_committed_reproduction_supports_what_the_page_says() -> None:

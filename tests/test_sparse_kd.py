@@ -1,8 +1,10 @@
 """The reproduction of sparse logit sampling compares what it says it compares."""
 
+import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from scripts.sparse_kd.dense import dense_loss
 from scripts.sparse_kd.gradients import compare, mean_angle
 from scripts.sparse_kd.jobs import Job, all_jobs, do, pending_jobs, result_file
 from scripts.sparse_kd.redraw import draw_again
-from scripts.sparse_kd.report import estimate, report
+from scripts.sparse_kd.report import MEASURES, arms, best_rate, estimate, report
 from scripts.sparse_kd.store import Store, folder_of, prepare
 from scripts.sparse_kd.students import new_student, shuffled
 from tests.conftest import ConfigMaker, write_tiny_yaml
@@ -94,10 +96,11 @@ def test_sparse_and_dense_loss_have_the_gradient_p_minus_t(
     torch.manual_seed(1)
     hidden_RV, head = torch.randn(ROWS, VOCAB, requires_grad=True), nn.Linear(VOCAB, VOCAB, False)
     head.weight.data.copy_(torch.eye(VOCAB))
-    if arm.name == "dense":
+    if arm.tail == "uniform":
+        assert arm.capture is not None
+        t_RV = uniform_tail(captured(logits_RV, arm.capture), VOCAB)
+    elif arm.is_dense:
         t_RV = logits_RV.softmax(-1)
-    elif arm.tail == "uniform":
-        t_RV = uniform_tail(captured(logits_RV, "top_k_12"), VOCAB)
     else:
         sparse = one_hot(labels_R)
         if arm.capture is not None:
@@ -253,7 +256,8 @@ def run(small: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[[J
 def test_jobs_fill_a_report_that_says_what_is_missing(
     small: ExperimentConfig, run: Callable[[Job], None], tmp_path: Path
 ) -> None:
-    for arm in ("ce", "dense", "sampled_5", "top_k_5_bucket", "top_k_12_uniform"):
+    wanted = ["ce", "dense", "top_k_5_bucket", "top_k_12_uniform", "sampled_5"]
+    for arm in wanted:
         run(Job("arm", 0, arm))
     run(Job("gradients", 0))
     run(Job("repeated", 0, "dense", 4))
@@ -261,21 +265,52 @@ def test_jobs_fill_a_report_that_says_what_is_missing(
     assert sum(map(len, pending_jobs(small))) == total - 7
     summary = report(small, tmp_path / "out")
     assert (summary["jobs_done"], summary["jobs"]) == (7, total)
-    arms = summary["arms"]
-    assert arms["sampled_5"]["above_dense_nats"]["mean"] == pytest.approx(
-        arms["sampled_5"]["ce_nats"]["mean"] - arms["dense"]["ce_nats"]["mean"]
+    found = summary["arms"]
+    assert found["sampled_5"]["above_dense_nats"]["mean"] == pytest.approx(
+        found["sampled_5"]["ce_nats"]["mean"] - found["dense"]["ce_nats"]["mean"]
     )
     assert summary["train_tokens"] == [36 * 16]
-    assert set(summary["gradients"]) == set(ARMS) - {"dense", "ce_tenth_rate"}
+    assert set(summary["gradients"]) == {
+        name for name, arm in ARMS.items() if arm.rate == 1 and name != "dense"
+    }
     threshold, truncated = (
         summary["gradients"][arm]["2"]["angle_degrees"]["mean"]
         for arm in ("threshold_25", "top_k_5_none")
     )
     assert threshold < truncated
     table = (tmp_path / "out" / "sparse_kd.md").read_text()
-    assert f"{arms['sampled_5']['ce_nats']['mean']:.3f}" in table
+    assert f"{found['sampled_5']['ce_nats']['mean']:.3f}" in table
+    with (tmp_path / "out" / "sparse_kd.csv").open() as file:
+        runs = list(csv.DictReader(file))
+    assert [run["arm"] for run in runs] == [*wanted, "dense", "dense"]
+    assert [run["split"] for run in runs[-2:]] == ["held_out", "train"]
+    assert float(runs[0]["ce_nats"]) == pytest.approx(found["ce"]["ce_nats"]["mean"], abs=1e-6)
     for name in ("loss", "angle", "repeated"):
         assert (tmp_path / "out" / f"sparse_kd_{name}.png").stat().st_size > 5_000
+
+
+def test_the_gap_is_between_the_best_learning_rates() -> None:
+    def run(*ce_nats: float) -> dict[int, dict[str, Any]]:
+        values = dict.fromkeys(MEASURES, 0.5)
+        return {
+            seed: values | {"ce_nats": value, "ce_nats_by_block": [value - 0.1, value + 0.1]}
+            for seed, value in enumerate(ce_nats)
+        }
+
+    runs = {
+        "ce": run(5.0, 5.2),
+        "ce_tenth_rate": run(4.0, 4.2),
+        "dense": run(3.0, 3.2),
+        "dense_third_rate": run(3.5, 3.6),
+        "sampled_5": run(3.5, 3.7),
+    }
+    assert (best_rate(runs, "ce"), best_rate(runs, "dense")) == ("ce_tenth_rate", "dense")
+    found = arms(runs)
+    assert found["sampled_5"]["share_of_gap"]["mean"] == pytest.approx(0.5)
+    assert found["ce"]["share_of_gap"]["mean"] == pytest.approx(-1)
+    assert found["sampled_5"]["above_dense_nats"]["mean"] == pytest.approx(0.5)
+    assert found["sampled_5"]["above_dense_nats"]["stderr_of_blocks"] == pytest.approx(0, abs=1e-9)
+    assert "share_of_gap" not in found["ce_tenth_rate"]
 
 
 def test_all_arms_begin_with_the_same_student_and_other_seeds_with_another(

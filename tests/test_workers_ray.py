@@ -25,6 +25,7 @@ def cluster() -> Iterator[dict[str, str]]:
     """Environment in which a Ray cluster is at hand: two CPUs, a folder and ports of its own."""
     folder = tempfile.mkdtemp(prefix="ray-")  # short, for Ray keeps sockets there
     environment = os.environ | {"RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["RAY_worker_niceness"] = "0"  # at Ray's 15, a busy machine lets actors starve
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
     options = ["--head", "--port=0", "--num-cpus=2", "--include-dashboard=false"]
     start = [*ray, "start", *options, "--include-log-monitor=false"]

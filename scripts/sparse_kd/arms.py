@@ -4,7 +4,7 @@ Shape suffixes: R rows (positions that count), K kept entries, N entries of all 
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -46,23 +46,32 @@ class Arm:
     @property
     def is_dense(self) -> bool:
         """Whether the loss needs a target for every id of the vocabulary."""
-        return self.name == "dense" or self.tail == "uniform"
+        return self.name.startswith("dense") or self.tail == "uniform"
 
 
-def _top_k(k: int, *tails: Tail) -> list[Arm]:
-    return [Arm(f"top_k_{k}_{tail}", f"top_k_{k}", tail) for tail in tails]
+def _at(rate: float, suffix: str, *names: str) -> list[Arm]:
+    """What is taught at another learning rate too: is it the rate that decides?"""
+    return [
+        Arm(f"{name}_{suffix}", name if name in CAPTURES else None, rate=rate) for name in names
+    ]
 
+
+_DRAWN = [name for name in CAPTURES if not name.startswith("top_k")]
 
 ARMS = {
     arm.name: arm
     for arm in [
         Arm("ce"),
-        Arm("ce_tenth_rate", rate=0.1),
         Arm("dense"),
-        *_top_k(5, "none", "bucket", "label"),
-        *_top_k(12, "none", "renormalised", "bucket", "label", "uniform"),
-        *_top_k(50, "none", "bucket", "label"),
-        *(Arm(name, name) for name in CAPTURES if not name.startswith("top_k")),
+        *(
+            Arm(f"top_k_{k}_{tail}", f"top_k_{k}", tail)
+            for k in (5, 12, 50)
+            for tail in get_args(Tail)
+        ),
+        *(Arm(name, name) for name in _DRAWN),
+        *_at(0.3, "third_rate", "ce", "dense", "sampled_5", "threshold_5"),
+        *_at(0.3, "third_rate", "sampled_12", "threshold_12"),
+        *_at(0.1, "tenth_rate", "ce"),
     ]
 }
 

@@ -27,10 +27,10 @@ def _family(arm: Arm) -> str:
 
 
 def _curves(names: dict[str, Any]) -> dict[str, list[str]]:
-    """Arms with a cache, by family, the smallest first."""
+    """Arms with a cache at the config's learning rate, by family, the smallest first."""
     curves: dict[str, list[str]] = {family: [] for family in _STYLES}
     for name in names:
-        if ARMS[name].capture is not None:
+        if ARMS[name].capture is not None and ARMS[name].rate == 1:
             curves[_family(ARMS[name])].append(name)
     return {family: arms for family, arms in curves.items() if arms}
 
@@ -61,8 +61,8 @@ def plot_losses(summary: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11.5, 4.2), layout="constrained")
     panels = (("ce_nats", "held-out cross-entropy, nats"), ("ece", "expected calibration error"))
     for axes, (measure, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        for name, line in (("ce", ":"), ("dense", "--")):
-            if name in summary["arms"]:
+        for kind, line in (("ce", ":"), ("dense", "--")):
+            if (name := summary["gap"][kind]) in summary["arms"]:
                 value = summary["arms"][name][measure]["mean"]
                 axes.axhline(value, color="black", linestyle=line, linewidth=1, label=name)
         found = {arm: scores[measure] for arm, scores in summary["arms"].items()}

@@ -1,0 +1,25 @@
+"""What every result file says of its making."""
+
+import os
+import platform
+import re
+import shlex
+import sys
+from pathlib import Path
+
+
+def provenance(seed: int) -> dict[str, object]:
+    """Describe this run: the command as it was typed, the seed, and the computer."""
+    return {"command": shlex.join(["python", *sys.argv]), "seed": seed, "machine": machine()}
+
+
+def machine() -> dict[str, object]:
+    """Describe the computer, as far as a reader needs to compare times."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
