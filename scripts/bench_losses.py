@@ -8,11 +8,11 @@ teacher's logits or, where they are fused, its hidden states and head: its forwa
 counted, but the fused ones apply its head inside the step (`teacher_head` is that product once).
 
 `cpu_over_ours` (CPU time of the process) and `wall_over_ours` are over `distill_threshold` of the
-same round; the ways alternate. With one thread they are the same on an idle machine; on a busy one
-the CPU's is steady. `peak_bytes` are those of the step's tensors, without inputs and the weight's
-gradient. `saved_bytes` lie between forward and backward, inputs left out; `gradient` of them has
-the shape of hidden states or weight: it is a result made early. `teacher_bytes_per_row` is what a
-step is given.
+same round; the ways alternate, on one thread: on an idle machine the two are the same, on a busy
+one the CPU's is steady. `peak_bytes` are those of the step's tensors, without inputs and the
+weight's gradient. `saved_bytes` lie between forward and backward, inputs left out; `gradient` of
+them has the shape of hidden states or weight: it is a result made early. `teacher_bytes_per_row` is
+what a step is given.
 `value_error` and `gradient_error` are relative, to the same targets in float64; the two `off_dense`
 to the whole distribution: 64 ids and a tail are another divergence, drawn targets scatter.
 `exact_targets` has ours on targets that hold every id, a float32 sum of as many terms.
@@ -38,7 +38,7 @@ from distill.head import HeadTargets
 from distill.losses import LossWeights
 from distill.targets import SparseTargets
 from scripts.peer_losses import SEED, WAYS, Case, Loss, Step, Way, reference
-from scripts.provenance import provenance
+from scripts.provenance import provenance, spread
 from scripts.step_bytes import peak_bytes, saved_bytes
 
 OURS = "distill_threshold"
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the result there")
     options = parser.parse_args()
     rows, rounds = (128, 1) if options.quick else (1024, 3)
+    torch.set_num_threads(1)
     found = []
     for vocab_size, dtype in CASES[:2] if options.quick else CASES:
         found.append(measure(Case(vocab_size, HIDDEN_SIZE, rows, dtype), WAYS, rounds))
@@ -193,9 +194,9 @@ def over(times: list[Seconds], ours: list[Seconds]) -> dict[str, dict[str, float
     """Ratios of the rounds, by both clocks."""
     found = {}
     for clock, name in enumerate(("cpu_over_ours", "wall_over_ours")):
-        ratios = [mine[clock] / base[clock] for mine, base in zip(times, ours, strict=True)]
-        figures = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
-        found[name] = {of: round(ratio, 3) for of, ratio in figures.items()}
+        found[name] = spread(
+            [mine[clock] / base[clock] for mine, base in zip(times, ours, strict=True)]
+        )
     return found
 
 

@@ -5,8 +5,10 @@
 A random Llama (2 layers, 64 wide, 2,000 words) teaches one of the same shape on made-up sentences,
 by the verbs of the command line, each in a process of its own, which does a quarter of the smallest
 size first: what libraries take to start is no matter of rows. `peak_bytes` is the largest resident
-memory of that process. `cpu_seconds` is the CPU time of the verb after that, the least of the
-rounds, as what else a machine does only adds to it; `noise` is by how much the most is above it.
+memory of that process. `cpu_seconds` is the CPU time of the verb after that. The speed of a shared
+machine drifts by more than the effect that is looked for, so a round goes up and down the sizes,
+1, 10, 100, 10, 1, and means are taken: least ones would compare a small size's luckiest seconds
+with the long average of a large one. `noise` is by how much the most of a size is above its least.
 A row's marginal time is (t100 - t10) / (rows100 - rows10), and `marginal_time_ratio` that over the
 one between 10 times and once. It is 1 where time is linear; the rounds' own ratios show its noise.
 With --out, a plot stands beside the result. The last line is one JSON object.
@@ -17,7 +19,10 @@ import json
 import multiprocessing
 import os
 import random
+import statistics
 import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +41,6 @@ BLOCK_LENGTH = 256
 FIRST_BLOCKS = 40
 """What a process does before it is measured."""
 NUM_WORDS = 2000
-
-
 VERBS = ("cache", "train")
 
 
@@ -48,17 +51,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the result there, with a plot")
     options = parser.parse_args()
     sizes, rounds = ((80, 160, 320), 1) if options.quick else ((160, 1600, 16000), 2)
-    runs: dict[int, list[dict[str, Run]]] = {blocks: [] for blocks in sizes}
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            save_teacher(folder / "teacher")
-            for blocks in sizes:
-                runs[blocks].append(measure(folder, blocks))
-    verbs = {
-        verb: summary({BLOCK_LENGTH * n: [found[verb] for found in runs[n]] for n in sizes})
-        for verb in VERBS
-    }
+    found = [one_round(sizes) for _ in range(rounds)]
+    verbs = {verb: summary([runs[verb] for runs in found]) for verb in VERBS}
     result = {
         "verbs": verbs,
         "rounds": rounds,
@@ -77,30 +71,45 @@ class Run(NamedTuple):
     cpu_seconds: float
 
 
-def summary(runs: dict[int, list[Run]]) -> dict[str, Any]:
-    """Memory and time over rows, and how linear time is, from the runs at three sizes."""
-    least = {rows: min(run.cpu_seconds for run in found) for rows, found in runs.items()}
-    most = {rows: max(run.cpu_seconds for run in found) for rows, found in runs.items()}
+Round = dict[int, list[Run]]
+"""Rows -> the runs of that size."""
+
+
+def one_round(sizes: Sequence[int]) -> dict[str, Round]:
+    """Go up and down the sizes (blocks); return the runs of each verb."""
+    found: dict[str, Round] = {verb: defaultdict(list) for verb in VERBS}
+    for num_blocks in (*sizes, *sizes[-2::-1]):
+        with tempfile.TemporaryDirectory() as folder:
+            for verb, run in measure(Path(folder), num_blocks).items():
+                found[verb][BLOCK_LENGTH * num_blocks].append(run)
+    return found
+
+
+def summary(rounds: Sequence[Round]) -> dict[str, Any]:
+    """Memory and time over rows, and how linear time is, from rounds at three sizes."""
+    runs = {rows: [run for of in rounds for run in of[rows]] for rows in sorted(rounds[0])}
     peaks = {rows: max(run.peak_bytes for run in found) for rows, found in runs.items()}
-    first, last = min(runs), max(runs)
-    early, late = marginal(least)
-    by_round = [
-        {rows: run.cpu_seconds for rows, run in zip(runs, found, strict=True)}
-        for found in zip(*runs.values(), strict=True)
-    ]
-    ratios = [round(after / before, 3) for before, after in map(marginal, by_round)]
+    seconds = mean_seconds(runs)
+    first, *_, last = runs
+    early, late = marginal(seconds)
+    pairs = [marginal(mean_seconds(of)) for of in rounds]
+    spreads = [[run.cpu_seconds for run in found] for found in runs.values()]
     return {
         "marginal_time_ratio": round(late / early, 3),
-        "marginal_time_ratio_of_rounds": ratios,
+        "marginal_time_ratio_of_rounds": [round(after / before, 3) for before, after in pairs],
         "marginal_microseconds_per_row": [round(1e6 * early, 2), round(1e6 * late, 2)],
-        "microseconds_per_row": {rows: round(1e6 * t / rows, 2) for rows, t in least.items()},
         "peak_ratio": round(peaks[last] / peaks[first], 3),
-        "noise": round(max(most[rows] / least[rows] for rows in least) - 1, 3),
+        "noise": round(max(max(times) / min(times) for times in spreads) - 1, 3),
         "sizes": [
-            {"rows": rows, "peak_bytes": peaks[rows], "cpu_seconds": round(least[rows], 2)}
-            for rows in sorted(least)
+            {"rows": rows, "peak_bytes": peaks[rows], "cpu_seconds": round(seconds[rows], 2)}
+            for rows in runs
         ],
     }
+
+
+def mean_seconds(runs: Round) -> dict[int, float]:
+    """Rows -> mean CPU time."""
+    return {rows: statistics.mean(run.cpu_seconds for run in found) for rows, found in runs.items()}
 
 
 def marginal(seconds: dict[int, float]) -> tuple[float, float]:
@@ -132,17 +141,15 @@ def save_teacher(folder: Path) -> None:
 
 
 def measure(folder: Path, num_blocks: int) -> dict[str, Run]:
-    """Run both verbs on so many blocks."""
+    """Run both verbs on so many blocks, in an empty folder."""
+    save_teacher(folder / "teacher")
     sizes = (FIRST_BLOCKS, num_blocks)
     paths = [folder / f"{size}.yaml" for size in sizes]
     for size, path in zip(sizes, paths, strict=True):
         path.write_text(yaml.safe_dump(experiment(folder, size)))
     found = {}
     for verb in VERBS:
-        first = [
-            f"run_folder={folder}/first-{verb}-{num_blocks}",
-            f"cache.folder={folder}/first-{num_blocks}",
-        ]
+        first = [f"run_folder={folder}/first-{verb}", f"cache.folder={folder}/first"]
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             tasks = [verb, str(paths[0]), *first], [verb, str(paths[1])]
             found[verb] = pool.apply(second_of, tasks)
@@ -193,20 +200,19 @@ def plot(verbs: dict[str, dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     for verb, found in verbs.items():
-        rows = [size["rows"] / 1e6 for size in found["sizes"]]
+        rows = [size["rows"] for size in found["sizes"]]
         left.plot(rows, [size["peak_bytes"] / 1e9 for size in found["sizes"]], "o-", label=verb)
         seconds = [size["cpu_seconds"] for size in found["sizes"]]
         (points,) = right.plot(rows, seconds, "o", label=verb)
-        slope = (seconds[-1] - seconds[0]) / (rows[-1] - rows[0])
-        ends = [0, rows[-1]]
-        line = [seconds[0] + slope * (end - rows[0]) for end in ends]
-        right.plot(ends, line, "--", color=points.get_color(), linewidth=1)
+        line = [seconds[-1] * each / rows[-1] for each in rows]
+        right.plot(rows, line, "--", color=points.get_color(), linewidth=1)
     left.set_title("peak memory, GB", fontsize=10)
-    right.set_title("CPU time, seconds, and straight lines", fontsize=10)
+    left.set_ylim(0, 1.1 * left.dataLim.y1)
+    right.set_title("CPU time, seconds; dashed: in proportion", fontsize=10)
+    right.set_yscale("log")
     for axes in (left, right):
-        axes.set_xlim(left=0)
-        axes.set_ylim(0, 1.1 * axes.dataLim.y1)
-        axes.set_xlabel("million rows")
+        axes.set_xscale("log")
+        axes.set_xlabel("rows")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)

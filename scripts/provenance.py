@@ -1,10 +1,12 @@
-"""What every result file says of its making."""
+"""What every result file says of its making, and how it tells ratios."""
 
 import os
 import platform
 import re
 import shlex
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -23,3 +25,9 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "system": platform.system(),
     }
+
+
+def spread(ratios: Sequence[float]) -> dict[str, float]:
+    """Median, least and most of the rounds."""
+    figures = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+    return {of: round(ratio, 3) for of, ratio in figures.items()}

@@ -49,16 +49,7 @@ class Arm:
         return self.name.startswith("dense") or self.tail == "uniform"
 
 
-def _at(rate: float, suffix: str, *names: str) -> list[Arm]:
-    """What is taught at another learning rate too: is it the rate that decides?"""
-    return [
-        Arm(f"{name}_{suffix}", name if name in CAPTURES else None, rate=rate) for name in names
-    ]
-
-
-_DRAWN = [name for name in CAPTURES if not name.startswith("top_k")]
-
-ARMS = {
+_AT_FULL_RATE = {
     arm.name: arm
     for arm in [
         Arm("ce"),
@@ -68,12 +59,23 @@ ARMS = {
             for k in (5, 12, 50)
             for tail in get_args(Tail)
         ),
-        *(Arm(name, name) for name in _DRAWN),
-        *_at(0.3, "third_rate", "ce", "dense", "sampled_5", "threshold_5"),
-        *_at(0.3, "third_rate", "sampled_12", "threshold_12"),
-        *_at(0.1, "tenth_rate", "ce"),
+        *(Arm(name, name) for name in CAPTURES if not name.startswith("top_k")),
     ]
 }
+
+
+def _slower(rate: float, suffix: str, *names: str) -> dict[str, Arm]:
+    """Some arms at a lower learning rate: is it the rate that decides?"""
+    arms = (replace(_AT_FULL_RATE[name], name=f"{name}_{suffix}", rate=rate) for name in names)
+    return {arm.name: arm for arm in arms}
+
+
+ARMS = (
+    _AT_FULL_RATE
+    | _slower(0.3, "third_rate", "ce", "dense", "top_k_12_bucket", "top_k_50_bucket")
+    | _slower(0.3, "third_rate", "sampled_5", "sampled_12", "threshold_5", "threshold_12")
+    | _slower(0.1, "tenth_rate", "ce")
+)
 
 
 def sparse_targets(arm: Arm, captured: SparseTargets, labels_R: Tensor) -> SparseTargets:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -50,12 +50,23 @@ class Job:
         return "-".join([*filter(None, parts), f"seed-{self.seed}"])
 
 
-def all_jobs() -> list[list[Job]]:
-    """Return stages, each of which needs the ones before; within one, the order of importance."""
+Stages = list[list[Job]]
+
+
+def all_jobs(arms: Sequence[str] = ()) -> Stages:
+    """Return stages, each of which needs the ones before; within one, the order of importance.
+
+    Where arms are named, theirs are the only ones, and only their students are scored.
+    """
     seeds = range(NUM_SEEDS)
-    return [
+    taught = [
         [Job("pretrained", seed) for seed in seeds],
-        [Job("arm", seed, arm) for seed in seeds for arm in ARMS],
+        [Job("arm", seed, arm) for seed in seeds for arm in arms or ARMS],
+    ]
+    if arms:
+        return taught
+    return [
+        *taught,
         [Job("gradients", seed) for seed in seeds],
         [
             Job("repeated", seed, arm, epochs)
@@ -72,24 +83,24 @@ def result_file(config: ExperimentConfig, job: Job) -> Path:
     return config.run_folder / "jobs" / f"{job.name}.json"
 
 
-def results(config: ExperimentConfig) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Yield all jobs that are done, with their results."""
-    for stage in all_jobs():
+def results(config: ExperimentConfig, stages: Stages) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Yield the jobs that are done, with their results."""
+    for stage in stages:
         for job in stage:
             path = result_file(config, job)
             if path.exists():
                 yield job, json.loads(path.read_text())
 
 
-def pending_jobs(config: ExperimentConfig) -> list[list[Job]]:
+def pending_jobs(config: ExperimentConfig, stages: Stages) -> Stages:
     """Return the jobs of each stage that are not done."""
-    return [[job for job in stage if not result_file(config, job).exists()] for stage in all_jobs()]
+    return [[job for job in stage if not result_file(config, job).exists()] for stage in stages]
 
 
-def run_jobs(config: ExperimentConfig, workers: int) -> None:
+def run_jobs(config: ExperimentConfig, stages: Stages, workers: int) -> None:
     """Do all jobs that are not done, some at a time, each on its share of the cores."""
     threads = max(1, (os.cpu_count() or 1) // workers)
-    pending = pending_jobs(config)
+    pending = pending_jobs(config, stages)
     context = get_context("spawn")
     with (
         tqdm(total=sum(map(len, pending)), unit="job", mininterval=10) as bar,

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from scripts.sparse_kd.arms import ARMS, Arm
+from scripts.sparse_kd.tables import in_order
 
 _STYLES = {
     "top_k none": ("tab:red", "v"),
@@ -29,7 +30,7 @@ def _family(arm: Arm) -> str:
 def _curves(names: dict[str, Any]) -> dict[str, list[str]]:
     """Arms with a cache at the config's learning rate, by family, the smallest first."""
     curves: dict[str, list[str]] = {family: [] for family in _STYLES}
-    for name in names:
+    for name, _ in in_order(names):
         if ARMS[name].capture is not None and ARMS[name].rate == 1:
             curves[_family(ARMS[name])].append(name)
     return {family: arms for family, arms in curves.items() if arms}
@@ -100,7 +101,7 @@ def plot_repeated(summary: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11.5, 4.2), layout="constrained")
     panels = (("held_out", "held-out blocks"), ("train", "the repeated blocks"))
     for axes, (split, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        for arm, by_epochs in summary["repeated"].items():
+        for arm, by_epochs in in_order(summary["repeated"]):
             colour = "black" if arm == "dense" else _STYLES[_family(ARMS[arm])][0]
             epochs = sorted(by_epochs, key=int)
             found = [by_epochs[each][split]["kl_nats"] for each in epochs]

@@ -11,7 +11,7 @@ from distill.config import ExperimentConfig
 from distill.files import write_json_atomically, write_text_atomically
 from scripts.provenance import provenance
 from scripts.sparse_kd.arms import ARMS, CAPTURES
-from scripts.sparse_kd.jobs import Job, all_jobs, results
+from scripts.sparse_kd.jobs import Job, Stages, results
 from scripts.sparse_kd.plots import plot_angles, plot_losses, plot_repeated
 from scripts.sparse_kd.store import folder_of
 from scripts.sparse_kd.tables import tables
@@ -26,13 +26,13 @@ Runs = Mapping[str, Mapping[int, dict[str, Any]]]
 """Arm -> seed -> its scores on the held-out blocks."""
 
 
-def report(config: ExperimentConfig, out: Path) -> dict[str, Any]:
-    """Write sparse_kd.json, .md, .csv and the plots into `out`; return what the first holds."""
-    done = list(results(config))
+def report(config: ExperimentConfig, stages: Stages, out: Path) -> dict[str, Any]:
+    """Write `out`.json, .md, .csv and the plots beside them; return what the first holds."""
+    done = list(results(config, stages))
     runs = runs_of(done)
     summary = {
         "jobs_done": len(done),
-        "jobs": sum(map(len, all_jobs())),
+        "jobs": sum(map(len, stages)),
         "captures": captures(config),
         "pretrained": over_seeds([found["held_out"] for job, found in _of(done, "pretrained")]),
         "arms": arms(runs),
@@ -43,12 +43,13 @@ def report(config: ExperimentConfig, out: Path) -> dict[str, Any]:
         "held_out_rows": sorted({found["held_out"]["rows"] for _, found in _of(done, "arm")}),
         **provenance(config.seed),
     }
-    write_json_atomically(out / "sparse_kd.json", summary)
-    write_text_atomically(out / "sparse_kd.md", tables(summary))
-    write_text_atomically(out / "sparse_kd.csv", single_runs(done))
-    plot_losses(summary, out / "sparse_kd_loss.png")
-    plot_angles(summary, out / "sparse_kd_angle.png")
-    plot_repeated(summary, out / "sparse_kd_repeated.png")
+    write_json_atomically(out.with_suffix(".json"), summary)
+    write_text_atomically(out.with_suffix(".md"), tables(summary))
+    write_text_atomically(out.with_suffix(".csv"), single_runs(done))
+    plots = {"arms": plot_losses, "gradients": plot_angles, "repeated": plot_repeated}
+    for part, draw in plots.items():
+        if summary[part]:
+            draw(summary, out.with_name(f"{out.name}_{part}.png"))
     return summary
 
 
@@ -88,27 +89,43 @@ def runs_of(done: Results) -> Runs:
 
 
 def arms(runs: Runs) -> dict[str, dict[str, Any]]:
-    """Of each arm: every measure over the seeds, and differences to CE and dense, seed by seed."""
-    from_ce, to_dense = (best_rate(runs, kind) for kind in ("ce", "dense"))
+    """Of each arm: every measure over the seeds, and how far it is from dense KL and from CE."""
+    dense = best_rate(runs, "dense")
     summary: dict[str, dict[str, Any]] = {}
     for arm in (name for name in ARMS if name in runs):
         summary[arm] = over_seeds(list(runs[arm].values()))
-        ends = runs.get(from_ce, {}), runs.get(to_dense, {})
-        seeds = [s for s in runs[arm] if all(s in end for end in ends)]
-        ce, dense, mine = (
-            [runs[name][seed]["ce_nats"] for seed in seeds] for name in (from_ce, to_dense, arm)
-        )
-        if arm not in (from_ce, to_dense):
-            shares = [(c - m) / (c - d) for c, d, m in zip(ce, dense, mine, strict=True)]
-            summary[arm]["share_of_gap"] = estimate(shares)
-        if arm != to_dense:
-            above = [m - d for m, d in zip(mine, dense, strict=True)]
-            summary[arm]["above_dense_nats"] = estimate(above)
-            pairs = [_block_differences(runs[arm][s], runs[to_dense][s]) for s in seeds]
+        pairs = [(run, runs[dense][s]) for s, run in runs[arm].items() if s in runs.get(dense, {})]
+        if arm != dense:
+            above = estimate([mine["ce_nats"] - other["ce_nats"] for mine, other in pairs])
             # The same blocks under every seed: their noise does not shrink with more seeds.
-            blocks = [sum(values) / len(values) for values in zip(*pairs, strict=True)]
-            summary[arm]["above_dense_nats"]["stderr_of_blocks"] = estimate(blocks)["stderr"]
+            by_seed = [_block_differences(*pair) for pair in pairs]
+            blocks = [sum(values) / len(values) for values in zip(*by_seed, strict=True)]
+            summary[arm]["above_dense_nats"] = above | {
+                "stderr_of_blocks": estimate(blocks)["stderr"]
+            }
+    add_shares(summary, best_rate(runs, "ce"))
     return summary
+
+
+def add_shares(summary: dict[str, dict[str, Any]], from_ce: str) -> None:
+    """Say of every arm which share of the gap from `from_ce` to dense KL it closes.
+
+    The error is that of a quotient of independent values: both have the noise of dense KL in
+    common, so it is too large rather than too small.
+    """
+    whole = summary.get(from_ce, {}).get("above_dense_nats", estimate([]))
+    for arm, found in summary.items():
+        above = found.get("above_dense_nats")
+        if arm == from_ce or above is None or above["mean"] is None or whole["mean"] is None:
+            continue
+        ratio = above["mean"] / whole["mean"]
+        errors = (above["stderr"], whole["stderr"])
+        relative = None if None in errors else math.hypot(errors[0], ratio * errors[1])
+        found["share_of_gap"] = {
+            "mean": 1 - ratio,
+            "stderr": None if relative is None else abs(relative / whole["mean"]),
+            "n": above["n"],
+        }
 
 
 def best_rate(runs: Runs, kind: str) -> str:

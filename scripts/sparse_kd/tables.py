@@ -28,10 +28,15 @@ PAPER = {
 teacher; table 6 gives losses in two digits, where all three equal that of dense KL."""
 
 
+def in_order(found: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What was found of each arm, in the order of the arms; a file of JSON has that of names."""
+    return [(name, found[name]) for name in ARMS if name in found]
+
+
 def _with_error(found: dict[str, Any], digits: int, scale: float = 1.0) -> str:
     if found["mean"] is None:
         return "-"
-    text = f"{scale * found['mean']:.{digits}f}"
+    text = f"{scale * found['mean']:z.{digits}f}"
     return text if found["stderr"] is None else f"{text} ± {scale * found['stderr']:.{digits}f}"
 
 
@@ -49,7 +54,7 @@ def _arms(summary: dict[str, Any]) -> str:
     if not summary["arms"]:
         return ""
     rows = [["before", *_scores(summary["pretrained"], "-", "-")]]
-    for name, found in summary["arms"].items():
+    for name, found in in_order(summary["arms"]):
         capture = ARMS[name].capture
         size = f"{summary['captures'][capture]['bytes_per_row']:.1f}" if capture else "-"
         rows.append([name, *_scores(found, size, str(PAPER.get(name, "-")))])
@@ -81,7 +86,7 @@ def _above(found: dict[str, Any]) -> str:
 def _gradients(summary: dict[str, Any]) -> str:
     rows = []
     batches: list[str] = []
-    for name, by_blocks in summary["gradients"].items():
+    for name, by_blocks in in_order(summary["gradients"]):
         batches = sorted(by_blocks, key=int)
         angles = [_with_error(by_blocks[size]["angle_degrees"], 1) for size in batches]
         ratios = [_with_error(by_blocks[size]["norm_ratio"], 2) for size in batches]
@@ -98,7 +103,7 @@ def _gradients(summary: dict[str, Any]) -> str:
 def _repeated(summary: dict[str, Any]) -> str:
     rows = []
     epochs: list[str] = []
-    for name, by_epochs in summary["repeated"].items():
+    for name, by_epochs in in_order(summary["repeated"]):
         epochs = sorted({*epochs, *by_epochs}, key=int)
         cells = [
             _with_error(by_epochs[each][split]["kl_nats"], 3) if each in by_epochs else "-"
