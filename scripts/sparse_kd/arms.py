@@ -70,12 +70,7 @@ def _slower(rate: float, suffix: str, *names: str) -> dict[str, Arm]:
     return {arm.name: arm for arm in arms}
 
 
-ARMS = (
-    _AT_FULL_RATE
-    | _slower(0.3, "third_rate", "ce", "dense", "top_k_12_bucket", "top_k_50_bucket")
-    | _slower(0.3, "third_rate", "sampled_5", "sampled_12", "threshold_5", "threshold_12")
-    | _slower(0.1, "tenth_rate", "ce")
-)
+ARMS = _AT_FULL_RATE | _slower(0.3, "third_rate", "ce", "dense") | _slower(0.1, "tenth_rate", "ce")
 
 
 def sparse_targets(arm: Arm, captured: SparseTargets, labels_R: Tensor) -> SparseTargets:
