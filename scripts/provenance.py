@@ -10,9 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def provenance(seed: int) -> dict[str, object]:
-    """Describe this run: the command as it was typed, the seed, and the computer."""
-    return {"command": shlex.join(["python", *sys.argv]), "seed": seed, "machine": machine()}
+def provenance(seed: int, leave_out: Sequence[str] = ()) -> dict[str, object]:
+    """Describe this run: the command as it was typed, the seed, and the computer.
+
+    Args:
+        seed: What decides all random numbers.
+        leave_out: Words of the command that do not matter for what was measured.
+    """
+    words = [word for word in sys.argv if word not in leave_out]
+    return {"command": shlex.join(["python", *words]), "seed": seed, "machine": machine()}
 
 
 def machine() -> dict[str, object]:

@@ -148,6 +148,7 @@ def test_jobs_fill_a_report_that_says_what_is_missing(
         found["sampled_5"]["ce_nats"]["mean"] - found["dense"]["ce_nats"]["mean"]
     )
     assert summary["train_tokens"] == [36 * 16]
+    assert summary["data"] == Store(small).train().manifest.data
     assert set(summary["gradients"]) == {
         name for name, arm in ARMS.items() if arm.rate == 1 and name != "dense"
     }

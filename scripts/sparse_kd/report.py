@@ -30,7 +30,10 @@ def report(config: ExperimentConfig, stages: Stages, out: Path) -> dict[str, Any
     """Write `out`.json, .md, .csv and the plots beside them; return what the first holds."""
     done = list(results(config, stages))
     runs = runs_of(done)
+    manifest = open_cache(str(folder_of(config, next(iter(CAPTURES)), "train"))).manifest
     summary = {
+        "data": manifest.data,
+        "teacher": manifest.teacher,
         "jobs_done": len(done),
         "jobs": sum(map(len, stages)),
         "captures": captures(config),
@@ -41,7 +44,7 @@ def report(config: ExperimentConfig, stages: Stages, out: Path) -> dict[str, Any
         "repeated": repeated(done),
         "train_tokens": sorted({found["tokens"] for _, found in _of(done, "arm")}),
         "held_out_rows": sorted({found["held_out"]["rows"] for _, found in _of(done, "arm")}),
-        **provenance(config.seed),
+        **provenance(config.seed, leave_out=["--report"]),
     }
     write_json_atomically(out.with_suffix(".json"), summary)
     write_text_atomically(out.with_suffix(".md"), tables(summary))
