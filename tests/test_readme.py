@@ -133,7 +133,10 @@ def test_committed_reproduction_supports_what_the_page_says() -> None:
     for k in (5, 12, 50):
         assert ce[f"top_k_{k}_label"] < ce[f"top_k_{k}_bucket"] < ce[f"top_k_{k}_none"]
         assert ece[f"top_k_{k}_bucket"] < ece[f"top_k_{k}_label"] < ece[f"top_k_{k}_none"]
-    assert max(ce, key=ce.__getitem__) == "top_k_12_uniform"
+    for k in (5, 12, 50):
+        assert ce[f"top_k_{k}_uniform"] > ce[f"top_k_{k}_none"] + 0.05
+        assert abs(ce[f"top_k_{k}_renormalised"] - ce[f"top_k_{k}_none"]) < 0.012
+    assert ce["dense_third_rate"] > ce["dense"] + 0.02
     drawn = [f"{kind}_{number}" for kind in ("sampled", "threshold") for number in (5, 12, 25)]
     for number in (12, 25):
         best = min(value for name, value in ce.items() if name.startswith("top_k"))
