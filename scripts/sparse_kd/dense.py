@@ -3,7 +3,7 @@
 Shape suffixes: R rows, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,6 +31,12 @@ def dense_loss(hidden_RD: Tensor, weight_VD: Tensor, targets: Targets) -> Tensor
     return total
 
 
+def pieces(num_rows: int) -> Iterator[slice]:
+    """Yield slices of as many rows as are worked on at a time."""
+    for first in range(0, num_rows, _ROWS_AT_ONCE):
+        yield slice(first, min(first + _ROWS_AT_ONCE, num_rows))
+
+
 class _DenseLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, targets: Targets) -> Tensor:
@@ -42,8 +48,7 @@ class _DenseLoss(torch.autograd.Function):
         grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32)
         with torch.autocast("cpu", enabled=False):
-            for first in range(0, len(hidden_RD), _ROWS_AT_ONCE):
-                rows = slice(first, min(first + _ROWS_AT_ONCE, len(hidden_RD)))
+            for rows in pieces(len(hidden_RD)):
                 t_RV = targets(rows)
                 logq_RV = (low_RD[rows] @ low_VD.T).float().log_softmax(-1)
                 total -= (t_RV * logq_RV).sum()

@@ -110,7 +110,6 @@ def plot_repeated(summary: dict[str, Any], path: Path) -> None:
                 [each["mean"] for each in found],
                 [each["stderr"] or 0 for each in found],
                 color=colour,
-                linestyle="--" if arm.endswith("_5") else "-",
                 marker="o",
                 capsize=3,
                 label=arm,

@@ -4,7 +4,7 @@ Shape suffixes: R rows that count, V vocabulary.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from distill.losses import LossWeights
 from distill.schedules import learning_rate_schedule
 from distill.train import parameter_groups
 from scripts.sparse_kd.arms import Arm, one_hot, sparse_targets, uniform_tail
-from scripts.sparse_kd.dense import dense_loss
+from scripts.sparse_kd.dense import dense_loss, pieces
 from scripts.sparse_kd.store import Store
 from students.scratch import build_scratch
 
@@ -32,8 +32,6 @@ NUM_SEEDS = 3
 
 _FIRST_RATE = 3e-3
 """Learning rate of the pre-training; that of the config is for the arms."""
-
-_ROWS_AT_ONCE = 64
 
 
 def new_student(store: Store, seed: int) -> DistillationModel:
@@ -165,7 +163,7 @@ def measure(
         hidden_RD = hidden_states(model.student, batch)
         teacher_RD = store.hidden(split, [block_id])
         ce = []
-        for rows in _pieces(len(hidden_RD)):
+        for rows in pieces(len(hidden_RD)):
             logits_RV = hidden_RD[rows] @ weight_VD.T
             labels_R = batch.labels_R[rows]
             values.append(compare(logits_RV, store.teacher_logits(teacher_RD[rows])))
@@ -183,11 +181,6 @@ def measure(
         "ece": Reliability.of(torch.stack(bins).sum(0)).ece,
         "ce_nats_by_block": [round(float(ce_R.mean()), 6) for ce_R in by_block],
     }
-
-
-def _pieces(num_rows: int) -> Iterator[slice]:
-    for first in range(0, num_rows, _ROWS_AT_ONCE):
-        yield slice(first, first + _ROWS_AT_ONCE)
 
 
 def shuffled(
